@@ -1,0 +1,1 @@
+"""One package a domain, each with the same rooms; services never import each other."""

@@ -1,0 +1,1 @@
+"""The gateway: Envoy in front, the catalog beside it."""

@@ -1,0 +1,1 @@
+"""Training: torch; it meets serving only in the model repository."""

@@ -1,0 +1,1 @@
+"""One file a model; importing this package registers them all."""

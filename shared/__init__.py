@@ -1,0 +1,1 @@
+"""The common library: what at least three places need. It knows no service."""

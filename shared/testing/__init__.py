@@ -1,0 +1,1 @@
+"""What tests import: in-process servers, tiny ONNX graphs."""
