@@ -1,0 +1,256 @@
+"""Greedy dynamic batching: take what waits, run it, repeat.
+
+A window that waits for more items costs its length at low load and gains nothing at high load, where the queue is
+full anyway. So nothing ever waits on purpose: a lonely call runs at once, and while the threads are busy the queue grows
+into the next batch. A batch is formed only when a thread is free to run it, so an item whose caller left or whose
+deadline passed is dropped before it costs anything. Batches are not padded: ONNX Runtime runs any size without
+compiling it first.
+
+All state belongs to the event loop; only `Batcher.execute` runs in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from shared.errors import DeadlinePassed, Overloaded
+from shared.serving.session import Array, Arrays, Session
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """`max_batch` items run at once; `queue_size` more may wait for each batch in flight's place."""
+
+    max_batch: int = 8
+    queue_size: int = 100
+
+
+class BatchResult(NamedTuple):
+    """The outputs of one request, views into the batch's arrays, and how they came about."""
+
+    outputs: dict[str, Array]
+    batch_size: int
+    queue_seconds: float
+    infer_seconds: float
+
+
+class BatchObserver:
+    """What the batcher tells the outside; telemetry overrides it. All calls come from the event loop."""
+
+    def rejected(self) -> None:
+        """An item was refused since the queue was full."""
+
+    def dropped(self, reason: str) -> None:
+        """An item was dropped before it ran; `reason` is `deadline` or `cancelled`."""
+
+    def ran(self, batch_size: int, infer_seconds: float) -> None:
+        """A batch ran."""
+
+    def waited(self, queue_seconds: float) -> None:
+        """An item of a batch left the queue."""
+
+
+@dataclass(eq=False)
+class _Item:
+    feeds: Arrays
+    rows: int
+    signature: tuple[object, ...]
+    deadline: float
+    future: asyncio.Future[BatchResult]
+    enqueued: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    outputs: dict[str, Array] | None
+    error: Exception | None
+    started: float
+    seconds: float
+
+
+class ComputePool:
+    """The threads that run graphs, shared by all models of a process; models with waiting items take turns."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="onnx")
+        self._idle = workers
+        self._waiting: deque[Batcher] = deque()
+        self._dispatching = False
+
+    def schedule(self, batcher: Batcher) -> None:
+        """Says that `batcher` has items; it is asked for a batch as soon as a thread is free."""
+        if batcher not in self._waiting:
+            self._waiting.append(batcher)
+        if self._idle and not self._dispatching:
+            # one turn of the loop later, so that calls that arrive together run together
+            self._dispatching = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._dispatching = False
+        loop = asyncio.get_running_loop()
+        while self._idle and self._waiting:
+            batcher = self._waiting.popleft()
+            batch = batcher.take()
+            if batcher.depth:
+                self._waiting.append(batcher)
+            if batch:
+                self._idle -= 1
+                self._executor.submit(self._work, loop, batcher, batch)
+
+    def _work(self, loop: asyncio.AbstractEventLoop, batcher: Batcher, batch: list[_Item]) -> None:
+        outcome = batcher.execute(batch)
+        loop.call_soon_threadsafe(self._settle, batcher, batch, outcome)
+
+    def _settle(self, batcher: Batcher, batch: list[_Item], outcome: _Outcome) -> None:
+        self._idle += 1
+        self._dispatch()  # the thread first, the answers after
+        batcher.settle(batch, outcome)
+
+    def close(self) -> None:
+        """Lets running batches finish and ends the threads."""
+        self._executor.shutdown(wait=True)
+
+
+class Batcher:
+    """The queue of one graph.
+
+    At most `queue_size + max_batch * workers` requests are inside at a time: one full batch a thread, and the queue.
+
+    Args:
+        session: runs a batch.
+        pool: the threads.
+        limits: batch and queue size.
+        observer: is told what happens.
+    """
+
+    def __init__(
+        self, session: Session, pool: ComputePool, limits: BatchLimits, observer: BatchObserver | None = None
+    ) -> None:
+        self._session = session
+        self._pool = pool
+        self._observer = observer or BatchObserver()
+        self._queue: dict[_Item, None] = {}  # insertion-ordered, and an item in the middle leaves in O(1)
+        self._admitted = 0
+        self._recent_seconds = 0.05
+        self.limits = limits
+        self.capacity = limits.queue_size + limits.max_batch * pool.workers
+
+    @property
+    def depth(self) -> int:
+        """Number of items that wait."""
+        return len(self._queue)
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Reserves a place before any work, preprocessing included, is done for a request.
+
+        Raises:
+            Overloaded: all places are taken.
+        """
+        if self._admitted >= self.capacity:
+            self._observer.rejected()
+            raise Overloaded(
+                f"all {self.capacity} places of the queue are taken; come back later",
+                retry_after=self._drain_seconds(),
+                metadata={"capacity": str(self.capacity)},
+            )
+        self._admitted += 1
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+
+    def _drain_seconds(self) -> float:
+        batches = self.capacity / (self.limits.max_batch * self._pool.workers)
+        return min(30.0, max(0.05, batches * self._recent_seconds))
+
+    async def submit(self, feeds: Arrays, deadline: float = float("inf")) -> BatchResult:
+        """Runs `feeds` in the next batch; all arrays have the same number of rows as first dimension.
+
+        The caller holds a place by `admit`.
+
+        Args:
+            feeds: the graph's inputs by name.
+            deadline: time.monotonic() after which the answer is worthless.
+
+        Raises:
+            DeadlinePassed: the deadline passed before the item ran.
+        """
+        rows = next(iter(feeds.values())).shape[0]
+        signature = tuple((name, array.shape[1:], array.dtype) for name, array in feeds.items())
+        item = _Item(feeds, rows, signature, deadline, asyncio.get_running_loop().create_future())
+        self._queue[item] = None
+        self._pool.schedule(self)
+        try:
+            return await item.future
+        except asyncio.CancelledError:
+            if item in self._queue:  # it never ran
+                del self._queue[item]
+                # gRPC cancels the handler when the deadline passes, so look which of the two it was
+                self._observer.dropped("deadline" if time.monotonic() >= deadline else "cancelled")
+            raise
+
+    def take(self) -> list[_Item]:
+        """The next batch: the oldest item and those behind it that fit with it, without the dead."""
+        batch: list[_Item] = []
+        rows = 0
+        now = time.monotonic()
+        for item in list(self._queue):
+            if item.future.done():
+                del self._queue[item]
+                self._observer.dropped("cancelled")
+            elif item.deadline <= now:
+                del self._queue[item]
+                self._observer.dropped("deadline")
+                item.future.set_exception(DeadlinePassed("the deadline passed while the request waited in the queue"))
+            elif batch and (item.signature != batch[0].signature or rows + item.rows > self.limits.max_batch):
+                break  # order is kept: nobody overtakes
+            else:
+                del self._queue[item]
+                batch.append(item)
+                rows += item.rows
+            if rows >= self.limits.max_batch:
+                break
+        return batch
+
+    def execute(self, batch: list[_Item]) -> _Outcome:
+        """Joins the inputs and runs them; called in a thread, never raises."""
+        started = time.perf_counter()
+        try:
+            feeds = batch[0].feeds
+            if len(batch) > 1:
+                feeds = {name: np.concatenate([item.feeds[name] for item in batch]) for name in feeds}
+            outputs = self._session.run(feeds)
+        except Exception as error:  # whatever the graph does, its callers get an answer
+            return _Outcome(None, error, started, time.perf_counter() - started)
+        return _Outcome(outputs, None, started, time.perf_counter() - started)
+
+    def settle(self, batch: list[_Item], outcome: _Outcome) -> None:
+        """Hands the outcome to the callers."""
+        rows = sum(item.rows for item in batch)
+        self._recent_seconds += 0.2 * (outcome.seconds - self._recent_seconds)
+        self._observer.ran(rows, outcome.seconds)
+        start = 0
+        for item in batch:
+            stop = start + item.rows
+            queue_seconds = outcome.started - item.enqueued
+            self._observer.waited(queue_seconds)
+            if item.future.done():
+                pass  # the caller left while it ran
+            elif outcome.outputs is None:
+                item.future.set_exception(outcome.error or RuntimeError("the batch gave neither outputs nor an error"))
+            else:
+                outputs = {name: array[start:stop] for name, array in outcome.outputs.items()}
+                item.future.set_result(BatchResult(outputs, rows, queue_seconds, outcome.seconds))
+            start = stop

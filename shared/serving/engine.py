@@ -1,0 +1,79 @@
+"""The engine of one serving process: thread pools, repository and telemetry, made together and closed together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from shared.errors import DeadlinePassed
+from shared.serving.batching import ComputePool
+from shared.serving.config import ServingConfig
+from shared.serving.cpu import compute_threads
+from shared.serving.repository import ModelRepository, RepositoryOptions
+from shared.serving.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Engine:
+    """What every service's predictors run on.
+
+    Args:
+        service: the domain.
+        config: see ServingConfig.
+    """
+
+    def __init__(self, service: str, config: ServingConfig) -> None:
+        workers = config.threads or compute_threads()
+        self.service = service
+        self.config = config
+        self.telemetry = Telemetry(service)
+        self.pool = ComputePool(workers)
+        self._offload = ThreadPoolExecutor(workers, thread_name_prefix="pre")
+        options = RepositoryOptions(threads=config.intra_op_threads, queue_size=config.queue_size)
+        self.repository = ModelRepository(service, config.model_roots, self.pool, self.telemetry, options)
+
+    async def start(self) -> None:
+        """Loads and warms every model's `auto` variant."""
+        await self.repository.rescan()
+
+    async def watch(self) -> None:
+        """Rescans the model roots for ever; what goes wrong is logged and tried again."""
+        while True:
+            await asyncio.sleep(self.config.rescan_seconds)
+            try:
+                await self.repository.rescan()
+            except Exception:
+                log.exception("rescan failed")
+
+    async def offload(self, work: Callable[[], _T], deadline: float = float("inf")) -> tuple[_T, float]:
+        """Runs decoding or other work of numpy and OpenCV off the event loop.
+
+        Args:
+            work: called in a thread.
+            deadline: time.monotonic() after which the work is not begun.
+
+        Returns:
+            Its result and its seconds.
+
+        Raises:
+            DeadlinePassed: the deadline passed while it waited for a thread.
+        """
+
+        def timed() -> tuple[_T, float]:
+            if time.monotonic() >= deadline:
+                raise DeadlinePassed("the deadline passed while the request waited for preprocessing")
+            started = time.perf_counter()
+            return work(), time.perf_counter() - started
+
+        return await asyncio.get_running_loop().run_in_executor(self._offload, timed)
+
+    def close(self) -> None:
+        """Ends the threads after their work."""
+        self._offload.shutdown(wait=True)
+        self.pool.close()

@@ -1,0 +1,284 @@
+"""The model repository of one serving process: what lies in the model roots, what of it is in memory, and for whom.
+
+Roots are searched in order; the first that holds a version wins. A version becomes visible when its `auto` variant is
+loaded and warm, so a request for 'the newest' never waits for a rolling update. Whoever uses a variant holds a lease; a
+retired version keeps its leases alive and is freed after the last. A broken version is remembered with its reason and
+answers FAILED_PRECONDITION, while everything else serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from shared.artifacts import CARD_NAME, MANIFEST_NAME, ArtifactError, Manifest, read_manifest, verify_variant
+from shared.errors import ModelNotFound, ModelUnavailable, UsagiError
+from shared.serving.batching import Batcher, BatchLimits, ComputePool
+from shared.serving.session import CPU_PROVIDERS, OnnxSession, zeros_for
+from shared.serving.telemetry import ModelObserver, Telemetry
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+class State(Enum):
+    """Whether a version can answer."""
+
+    READY = "ready"
+    AVAILABLE = "available"
+    UNLOADED = "unloaded"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class RepositoryOptions:
+    """`threads`: intra-op threads of every session; `queue_size`: see BatchLimits; `providers`: ONNX Runtime's."""
+
+    threads: int = 1
+    queue_size: int = 100
+    providers: tuple[str, ...] = CPU_PROVIDERS
+
+
+@dataclass(eq=False)
+class ServedVariant:
+    """A variant in memory: its manifest, its batcher, its observer."""
+
+    manifest: Manifest
+    variant: str
+    batcher: Batcher
+    observer: ModelObserver
+    providers: list[str]
+    leases: int = 0
+
+    @property
+    def version(self) -> str:
+        """The version as the API shows it."""
+        return str(self.manifest.version)
+
+
+@dataclass(eq=False)
+class ModelVersion:
+    """A version on disk. `signature` changes when it was published again."""
+
+    name: str
+    version: int
+    folder: Path
+    signature: tuple[int, int]
+    manifest: Manifest | None = None
+    state: State = State.AVAILABLE
+    reason: str = ""
+    loaded: dict[str, ServedVariant] = field(default_factory=dict)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def card(self) -> str:
+        """The model card, or nothing."""
+        try:
+            return (self.folder / CARD_NAME).read_text(encoding="utf-8")
+        except OSError:
+            return ""
+
+
+class ModelRepository:
+    """All versions of all models of one service.
+
+    Args:
+        service: the domain; the folder below each root.
+        roots: model roots, searched in order; those that do not exist are empty.
+        pool: runs the graphs.
+        telemetry: is told of batches.
+        options: see RepositoryOptions.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        roots: Iterable[Path],
+        pool: ComputePool,
+        telemetry: Telemetry,
+        options: RepositoryOptions | None = None,
+    ) -> None:
+        self.service = service
+        self.roots = tuple(roots)
+        self._pool = pool
+        self._telemetry = telemetry
+        self._options = options or RepositoryOptions()
+        self._versions: dict[tuple[str, int], ModelVersion] = {}
+        self._rescan_lock = asyncio.Lock()
+
+    def versions(self) -> list[ModelVersion]:
+        """All versions, by name and number."""
+        return [self._versions[key] for key in sorted(self._versions)]
+
+    async def rescan(self) -> None:
+        """Brings the table up to date with the roots: loads what is new, retires what is gone."""
+        async with self._rescan_lock:
+            found = await asyncio.to_thread(self._scan)
+            for key in [key for key in self._versions if key not in found]:
+                self._retire(self._versions.pop(key), "its folder is gone")
+            for key, candidate in found.items():
+                known = self._versions.get(key)
+                if known is None or known.signature != candidate.signature or known.folder != candidate.folder:
+                    await self._load_new(candidate)
+                    self._versions[key] = candidate
+                    if known is not None:
+                        self._retire(known, "it was published again")
+
+    def _scan(self) -> dict[tuple[str, int], ModelVersion]:
+        found: dict[tuple[str, int], ModelVersion] = {}
+        for root in self.roots:
+            for manifest_path in sorted((root / self.service).glob(f"[!.]*/[0-9]*/{MANIFEST_NAME}")):
+                folder = manifest_path.parent
+                if not folder.name.isdigit():
+                    continue
+                with contextlib.suppress(OSError):  # it may vanish while we look
+                    stat = manifest_path.stat()
+                    key = (folder.parent.name, int(folder.name))
+                    if key not in found:
+                        found[key] = ModelVersion(key[0], key[1], folder, (stat.st_mtime_ns, stat.st_ino))
+        return found
+
+    async def _load_new(self, version: ModelVersion) -> None:
+        try:
+            version.manifest = await asyncio.to_thread(read_manifest, version.folder)
+            if version.manifest.service != self.service:
+                raise ArtifactError(f"{version.folder} belongs to the service {version.manifest.service}")
+            await self._load(version, version.manifest.auto_variant())
+        except UsagiError as error:
+            self._fail(version, error.message)
+
+    def _fail(self, version: ModelVersion, reason: str) -> None:
+        version.state, version.reason = State.FAILED, reason
+        log.error("model failed", extra={"model": version.name, "version": version.version, "reason": reason})
+
+    def _retire(self, version: ModelVersion, reason: str) -> None:
+        """Takes a version out of service; sessions go when their last lease ends and Python drops them."""
+        for served in version.loaded.values():
+            self._telemetry.forget(*served.observer.labels)
+        version.loaded.clear()
+        log.info("model retired", extra={"model": version.name, "version": version.version, "reason": reason})
+
+    async def _load(self, version: ModelVersion, variant: str) -> ServedVariant:
+        async with version.lock:
+            if variant in version.loaded:
+                return version.loaded[variant]
+            served = await asyncio.to_thread(self._open, version, variant)
+            version.loaded[variant] = served
+            version.state, version.reason = State.READY, ""
+            self._telemetry.model_info.labels(version.name, str(version.version), variant).set(1)
+            fields = {"model": version.name, "version": version.version, "variant": variant}
+            log.info("model loaded", extra={**fields, "providers": served.providers})
+            return served
+
+    def _open(self, version: ModelVersion, name: str) -> ServedVariant:
+        """Verifies, opens and warms a variant; runs in a thread.
+
+        Raises:
+            ArtifactError: the file is not what the manifest says, or not a graph that runs.
+        """
+        manifest = version.manifest
+        if manifest is None:
+            raise ArtifactError(version.reason)
+        variant = manifest.variants[name]
+        path = verify_variant(version.folder, variant)
+        shapes = {spec.name: (spec.dtype, spec.shape) for spec in manifest.inputs}
+        try:
+            session = OnnxSession(path, threads=self._options.threads, providers=self._options.providers)
+            for batch in (1, variant.max_batch):
+                session.run(zeros_for(shapes, batch))
+        except Exception as error:  # ONNX Runtime raises a class of its own for every kind of fault
+            raise ArtifactError(f"{path} does not run: {error}") from error
+        observer = self._telemetry.observer(version.name, str(version.version), name)
+        limits = BatchLimits(max_batch=variant.max_batch, queue_size=self._options.queue_size)
+        batcher = Batcher(session, self._pool, limits, observer)
+        self._telemetry.queue_depth.labels(*observer.labels).set_function(lambda: batcher.depth)
+        return ServedVariant(manifest, name, batcher, observer, session.providers)
+
+    def find(self, name: str, version: str = "") -> ModelVersion:
+        """The version that a request means; an empty version is the newest that is not broken.
+
+        Raises:
+            ModelNotFound: no such model or version; `field` is `model` or `version`.
+        """
+        candidates = [entry for entry in self.versions() if entry.name == name]
+        if not candidates:
+            raise ModelNotFound("model", name, sorted({entry.name for entry in self.versions()}))
+        if version == "":
+            healthy = [entry for entry in candidates if entry.state in (State.READY, State.AVAILABLE)]
+            return (healthy or candidates)[-1]
+        for entry in candidates:
+            if str(entry.version) == version:
+                return entry
+        raise ModelNotFound("version", version, [str(entry.version) for entry in candidates])
+
+    @asynccontextmanager
+    async def acquire(self, name: str, version: str = "", variant: str = "") -> AsyncIterator[ServedVariant]:
+        """Leases a variant for one request, loading it first if need be.
+
+        Args:
+            name: model name.
+            version: empty for the newest.
+            variant: empty or `auto` for the fastest within its budget.
+
+        Raises:
+            ModelNotFound: no such model, version or variant.
+            ModelUnavailable: broken or unloaded.
+        """
+        served = await self.variant(self.find(name, version), variant)
+        served.leases += 1
+        try:
+            yield served
+        finally:
+            served.leases -= 1
+
+    async def variant(self, version: ModelVersion, variant: str = "") -> ServedVariant:
+        """The variant of a version, loaded; raises as `acquire` does."""
+        metadata = {"model": version.name, "version": str(version.version)}
+        if version.state in (State.FAILED, State.UNLOADED) or version.manifest is None:
+            raise ModelUnavailable(
+                f"model {version.name} version {version.version} is {version.state.value}: {version.reason}",
+                metadata=metadata,
+            )
+        name = version.manifest.auto_variant() if variant in ("", AUTO) else variant
+        if name not in version.manifest.variants:
+            raise ModelNotFound("variant", name, [AUTO, *version.manifest.variants])
+        if name in version.loaded:
+            return version.loaded[name]
+        try:
+            return await self._load(version, name)
+        except ArtifactError as error:
+            log.error("variant failed", extra={**metadata, "variant": name, "reason": error.message})
+            raise ModelUnavailable(error.message, metadata={**metadata, "variant": name}) from error
+
+    async def load(self, name: str, version: str = "", variant: str = "") -> ModelVersion:
+        """Loads a model now, also one that was unloaded or was broken; raises as `acquire` does."""
+        entry = self.find(name, version)
+        if entry.state is State.FAILED:
+            await self._load_again(entry)
+        elif entry.state is State.UNLOADED:
+            entry.state, entry.reason = State.AVAILABLE, ""
+        await self.variant(entry, variant)
+        return entry
+
+    async def _load_again(self, entry: ModelVersion) -> None:
+        entry.state, entry.reason = State.AVAILABLE, ""
+        await self._load_new(entry)
+
+    def unload(self, name: str, version: str = "") -> list[ModelVersion]:
+        """Stops serving one version, or all of a model; running calls finish.
+
+        Raises:
+            ModelNotFound: no such model or version.
+        """
+        first = self.find(name, version)
+        entries = [first] if version else [entry for entry in self.versions() if entry.name == name]
+        for entry in entries:
+            self._retire(entry, "unloaded on request")
+            entry.state, entry.reason = State.UNLOADED, "unloaded on request; load it to serve it again"
+        return entries

@@ -1,0 +1,165 @@
+"""A serving process from start to end: build, warm, serve, drain.
+
+On SIGTERM: health says NOT_SERVING, the server answers as before for `drain_seconds` while the gateway notices, then
+takes no new calls and lets the running ones finish for `grace_seconds`, then the threads end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+from inference import open_inference_grpc_pb2_grpc as inference_grpc
+from usagi.model.v1 import model_service_pb2_grpc as model_grpc
+
+from shared.errors import ConfigurationError
+from shared.logs import configure_json
+from shared.serving.config import ServingConfig
+from shared.serving.engine import Engine
+from shared.serving.interceptors import CallInterceptor
+from shared.serving.model_service import ModelServicer
+from shared.serving.open_inference import OpenInferenceServicer
+
+log = logging.getLogger(__name__)
+
+COMMON_SERVICES = ("usagi.model.v1.ModelService", "inference.GRPCInferenceService")
+Register = Callable[[Engine, grpc.aio.Server], Sequence[str]]
+"""Adds a domain's own servicers to a server and returns their full names."""
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """gRPC's options of every server of ours."""
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.so_reuseport", 0),  # two servers on one port would share it silently
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.max_connection_age_ms", 5 * 60_000),  # so that new replicas get their share
+        ("grpc.max_connection_age_grace_ms", 60_000),
+    ]
+
+
+class ModelServer:
+    """One serving process's gRPC server.
+
+    Args:
+        engine: what it serves.
+        register: adds the domain's own servicers.
+    """
+
+    def __init__(self, engine: Engine, register: Register) -> None:
+        self.engine = engine
+        self.port = 0
+        self._config = engine.config
+        self._register = register
+        self._health = health_aio.HealthServicer()
+        self._services: list[str] = []
+        self._ready = False
+        self._watcher: asyncio.Task[None] | None = None
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Opens the port at once, answering NOT_SERVING, then warms the models, then says SERVING.
+
+        Raises:
+            ConfigurationError: the port is taken.
+        """
+        server = grpc.aio.server(
+            interceptors=[CallInterceptor(self.engine.service, self.engine.telemetry)],
+            options=channel_options(self._config.max_message_bytes),
+        )
+        self._server = server
+        self._services = [*self._register(self.engine, server), *COMMON_SERVICES]
+        model_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.engine), server)
+        inference_grpc.add_GRPCInferenceServiceServicer_to_server(
+            OpenInferenceServicer(self.engine, lambda: self._ready), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._config.reflection:
+            names = [*self._services, "grpc.health.v1.Health", reflection.SERVICE_NAME]
+            reflection.enable_server_reflection(names, server)
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        try:
+            self.port = server.add_insecure_port(f"{self._config.host}:{self._config.port}")
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"cannot listen on {self._config.host}:{self._config.port}: is another server there? set USAGI_PORT"
+            ) from error
+        await server.start()
+        await self.engine.start()
+        self._watcher = asyncio.create_task(self.engine.watch())
+        self._ready = True
+        await self._say(health_pb2.HealthCheckResponse.SERVING)
+        log.info("serving", extra={"port": self.port, "models": len(self.engine.repository.versions())})
+
+    async def _say(self, status: Any) -> None:
+        for name in ("", *self._services):
+            await self._health.set(name, status)
+
+    async def stop(self) -> None:
+        """Drains and stops; see the module's docstring."""
+        self._ready = False
+        await self._health.enter_graceful_shutdown()
+        log.info("draining", extra={"seconds": self._config.drain_seconds})
+        await asyncio.sleep(self._config.drain_seconds)
+        if self._server is not None:
+            await self._server.stop(self._config.grace_seconds)
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        await asyncio.to_thread(self.engine.close)
+        log.info("stopped")
+
+
+async def serve(engine: Engine, register: Register) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    metrics = None
+    if engine.config.metrics_port:
+        metrics = engine.telemetry.serve(engine.config.host, engine.config.metrics_port)
+    server = ModelServer(engine, register)
+    try:
+        starting = asyncio.create_task(server.start())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting
+        else:
+            starting.cancel()
+        await stopping
+        await server.stop()
+    finally:
+        if metrics is not None:
+            metrics.shutdown()
+            metrics.server_close()
+
+
+def run(service: str, config: ServingConfig, register: Register) -> None:
+    """The main function of a serving process: configures logs and serves until a signal ends it.
+
+    Args:
+        service: the domain.
+        config: from the environment.
+        register: adds the domain's own servicers.
+    """
+    configure_json(config.log_level, service=service, replica=config.replica)
+
+    async def main() -> None:
+        await serve(Engine(service, config), register)
+
+    uvloop.run(main())

@@ -1,0 +1,70 @@
+"""From the error tree to google.rpc.Status: the one place where errors become what the caller sees.
+
+ErrorInfo is always there; BadRequest, ResourceInfo, RetryInfo where they apply. What is not a UsagiError becomes
+INTERNAL without any of its text: the log has the traceback, the caller gets the request id.
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from shared.errors import DOMAIN, InvalidInput, ModelNotFound, Overloaded, UsagiError
+
+INTERNAL_MESSAGE = "internal error; the server's log has the details under this request id"
+PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
+
+
+def to_status(error: BaseException, service: str, request_id: str = "") -> status_pb2.Status:
+    """The rich status of an error.
+
+    Args:
+        error: any exception; only a UsagiError shows its message.
+        service: domain of the answering service, such as `vision`; it prefixes ErrorInfo.domain.
+        request_id: joins the answer with the log.
+    """
+    known = error if isinstance(error, UsagiError) else None
+    metadata = dict(known.metadata) if known else {}
+    if request_id:
+        metadata["request_id"] = request_id
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(
+            reason=known.reason if known else "INTERNAL", domain=f"{service}.{DOMAIN}", metadata=metadata
+        )
+    ]
+    if isinstance(error, InvalidInput):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, ModelNotFound):
+        details.append(error_details_pb2.ResourceInfo(resource_type=error.field, resource_name=error.name))
+    if isinstance(error, Overloaded):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status_pb2.Status(
+        code=code_pb2.Code.Value(known.code) if known else code_pb2.INTERNAL,
+        message=known.message if known else INTERNAL_MESSAGE,
+        details=[_pack(detail) for detail in details],
+    )
+
+
+def _pack(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+def code_of(status: status_pb2.Status) -> grpc.StatusCode:
+    """gRPC's own code of a status."""
+    code: grpc.StatusCode = rpc_status.to_status(status).code
+    return code
+
+
+def trailers_of(error: BaseException) -> tuple[tuple[str, str], ...]:
+    """Extra trailing metadata of an error: the retry pushback that gRPC clients obey by themselves."""
+    if isinstance(error, Overloaded):
+        return ((PUSHBACK_TRAILER, str(int(error.retry_after * 1000))),)
+    return ()
