@@ -42,7 +42,7 @@ class UsagiError(Exception):
 
 
 class InvalidInput(UsagiError):
-    """The caller's message is wrong. `field` is the path of the field in the request, such as `image` or `inputs[0]`."""
+    """The caller's message is wrong. `field` is its path in the request, such as `image` or `inputs[0]`."""
 
     code = "INVALID_ARGUMENT"
     reason = "INVALID_INPUT"

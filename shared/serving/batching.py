@@ -1,8 +1,8 @@
 """Greedy dynamic batching: take what waits, run it, repeat.
 
 A window that waits for more items costs its length at low load and gains nothing at high load, where the queue is
-full anyway. So nothing ever waits on purpose: a lonely call runs at once, and while the threads are busy the queue grows
-into the next batch. A batch is formed only when a thread is free to run it, so an item whose caller left or whose
+full anyway. So nothing ever waits on purpose: a lonely call runs at once, and while the threads are busy the queue
+grows into the next batch. A batch is formed only when a thread is free to run it, so an item whose caller left or whose
 deadline passed is dropped before it costs anything. Batches are not padded: ONNX Runtime runs any size without
 compiling it first.
 

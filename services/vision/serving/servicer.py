@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import grpc.aio
@@ -13,9 +13,13 @@ from usagi.vision.v1 import vision_service_pb2_grpc as pb_grpc
 
 from services.vision.serving.config import VisionConfig
 from services.vision.serving.predictors import ClassifyAnswer, ClassifyQuery, ImageClassifier
-from shared.errors import InvalidInput
+from shared.errors import InvalidInput, UsagiError
+from shared.logs import request_id
 from shared.serving.calls import deadline_of
 from shared.serving.status import to_status
+from shared.serving.streams import answer_concurrently
+
+log = logging.getLogger(__name__)
 
 MAX_ID_BYTES = 128
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -35,21 +39,14 @@ class VisionServicer(pb_grpc.VisionServiceServicer):
     async def ClassifyImages(
         self, request_iterator: AsyncIterator[pb.ClassifyImagesRequest], context: Context
     ) -> AsyncIterator[pb.ClassifyImagesResponse]:
-        """Classifies a stream of pictures, `stream_inflight` at once; the rest waits in the caller's window."""
+        """Classifies a stream of pictures, several at once."""
         deadline = deadline_of(context)
-        running: set[asyncio.Task[pb.ClassifyImagesResponse]] = set()
-        try:
-            async for request in request_iterator:
-                running.add(asyncio.create_task(self._answer(request, deadline)))
-                if len(running) >= self._inflight:
-                    done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        yield task.result()
-            for next_done in asyncio.as_completed(running):
-                yield await next_done
-        finally:
-            for task in running:
-                task.cancel()
+
+        def answer(request: pb.ClassifyImagesRequest) -> Awaitable[pb.ClassifyImagesResponse]:
+            return self._answer(request, deadline)
+
+        async for response in answer_concurrently(request_iterator, answer, self._inflight):
+            yield response
 
     async def _answer(self, request: pb.ClassifyImagesRequest, deadline: float) -> pb.ClassifyImagesResponse:
         response = pb.ClassifyImagesResponse(id=request.id[:MAX_ID_BYTES])
@@ -61,7 +58,9 @@ class VisionServicer(pb_grpc.VisionServiceServicer):
             answer = await self._classifier.classify(_query(request.request, deadline))
             response.response.CopyFrom(_response(answer))
         except Exception as error:
-            response.error.CopyFrom(to_status(error, "vision"))
+            if not isinstance(error, UsagiError):
+                log.exception("unexpected error in a stream")
+            response.error.CopyFrom(to_status(error, "vision", request_id.get()))
         return response
 
 
@@ -80,8 +79,7 @@ def _response(answer: ClassifyAnswer) -> pb.ClassifyImageResponse:
     ranked = zip(answer.labels, answer.indices, answer.probabilities, strict=True)
     return pb.ClassifyImageResponse(
         classifications=[
-            pb.Classification(label=label, index=index, probability=probability)
-            for label, index, probability in ranked
+            pb.Classification(label=label, index=index, probability=probability) for label, index, probability in ranked
         ],
         info=model_pb.InferenceInfo(
             model=answer.model,

@@ -1,0 +1,91 @@
+# Usagi: everything a person does with the repository. `make` alone explains itself.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+MODEL ?= flowers-efficientnet-lite0
+SEED ?= 0
+
+.PHONY: help install demo local test verify reproduce up down logs load protos lint format train export bench ci e2e clean
+
+help:  ## this list
+	@printf 'Usagi: deep-learning microservices over gRPC\n\n'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@printf '\nVariables: MODEL (train, export, reproduce), SEED, USAGI_DATA (folder with the data sets)\n'
+
+# One environment in two layers: serving and client first (seconds), training and development on top (torch).
+.venv/.serve: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'setting up the environment (serving)'
+	@$(PIP) --editable '.[cpu,vision,gateway,client]'
+	@touch $@
+
+.venv/.dev: .venv/.serve
+	@echo 'setting up the environment (training and development)'
+	@$(PIP) torch==2.13.0
+	@$(PIP) --editable '.[cpu,vision,gateway,client,load,train,dev]'
+	@touch $@
+
+install: .venv/.dev  ## the whole environment in .venv
+
+demo: .venv/.serve  ## start everything without Docker, call every domain on real input, pictures in out/
+	@$(BIN)/usagi demo
+
+local: .venv/.serve  ## run every service and the gateway on this machine until Ctrl-C
+	@$(BIN)/usagi local
+
+test: .venv/.dev  ## all tests (those that need Docker run where an engine answers)
+	@$(BIN)/python -m pytest
+
+e2e: .venv/.dev  ## only the tests on the real compose stack
+	@$(BIN)/python -m pytest tests/e2e
+
+verify: .venv/.dev  ## evaluate every shipped model again and compare with its manifest
+	@$(BIN)/python -m services.vision.training.evaluate --root deploy/models
+
+reproduce: .venv/.dev train export  ## train, compress and export MODEL again into var/models
+
+train: .venv/.dev  ## train MODEL (resumes where it stopped)
+	@$(BIN)/python -m services.vision.training.train --model $(MODEL) --seed $(SEED)
+
+export: .venv/.dev  ## export, compress, measure, gate and publish MODEL into var/models
+	@$(BIN)/python -m services.vision.training.export --model $(MODEL) --seed $(SEED)
+
+up:  ## build and start the containers, wait until healthy, print the addresses
+	@docker compose up --detach --build --wait
+	@printf 'gateway  127.0.0.1:%s   gRPC, gRPC-Web and JSON\n' "$$(docker compose port gateway 8080 | sed 's/.*://')"
+	@printf 'try      make install && .venv/bin/usagi vision classify tests/data/flowers/*.jpg\n'
+
+down:  ## stop the containers
+	@docker compose --profile load --profile train down --remove-orphans
+
+logs:  ## follow the containers' logs
+	@docker compose logs --follow
+
+load:  ## load-test the running containers with locust
+	@docker compose --profile load run --rm --build load
+
+protos: .venv/.dev  ## lint the protos and generate shared/gen from them
+	@deploy/lint_protos.sh
+	@deploy/generate_protos.sh
+
+lint: .venv/.dev  ## ruff, mypy, import-linter, buf
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy shared services
+	@$(BIN)/lint-imports --no-cache
+	@deploy/lint_protos.sh
+
+format: .venv/.dev  ## format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: .venv/.dev  ## measure the engine against raw ONNX Runtime
+	@$(BIN)/python -m tests.benchmarks.engine
+
+ci:  ## what runs on every change
+	@.ci/run
+
+clean:  ## remove what the programs made (not the environment)
+	@rm -rf out runs var build .pytest_cache .mypy_cache .ruff_cache

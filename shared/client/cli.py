@@ -1,0 +1,134 @@
+"""The `usagi` command. Every domain adds its own sub-command from `services/<domain>/cli.py`; none is named here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from google.protobuf import json_format
+from rich.console import Console
+from rich.table import Table
+
+from shared.client.connection import DEFAULT_TARGET, DEFAULT_TIMEOUT, CallFailed, Connection
+from shared.client.models import ModelsClient
+from shared.errors import UsagiError
+from shared.services_table import load_table
+
+Command = Callable[[argparse.Namespace], int]
+
+EPILOG = """examples:
+  usagi vision classify tests/data/flowers/*.jpg     classify photos
+  usagi models                                       every model of every service
+  usagi models flowers-efficientnet-lite0            one model's card
+  usagi local                                        run everything on this machine, without Docker
+
+The gateway is looked for at 127.0.0.1:8080; --target or USAGI_TARGET names another.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with 0, or 1 after an error, or 2 for wrong usage."""
+    options = build_parser().parse_args(arguments)
+    command: Command = options.command
+    try:
+        sys.exit(command(options))
+    except CallFailed as error:
+        sys.exit(_explain(error))
+    except UsagiError as error:
+        sys.exit(f"usagi: {error.message}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `usagi models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with the sub-commands of all domains."""
+    parser = argparse.ArgumentParser(
+        prog="usagi",
+        description="Talk to Usagi's services through their gateway.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_models(commands)
+    for module in ("shared.client.local", *(f"services.{name}.cli" for name in load_table().services)):
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(module).add_commands(commands)
+    return parser
+
+
+def add_connection_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --target, --timeout and --json, the same for every sub-command that calls a service."""
+    target = os.environ.get("USAGI_TARGET", DEFAULT_TARGET)
+    parser.add_argument("--target", default=target, help="host:port of the gateway (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=DEFAULT_TIMEOUT, help="deadline of a call in seconds (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line, instead of a table")
+
+
+def connect(options: argparse.Namespace, service: str | None = None) -> Connection:
+    """The connection that the options of `add_connection_options` describe."""
+    return Connection(options.target, timeout=options.timeout, service=service)
+
+
+def _explain(error: CallFailed) -> str:
+    lines = [f"usagi: {error.code} ({error.reason}): {error.message}"]
+    if error.retry_after is not None:
+        lines.append(f"       try again in {error.retry_after:.1f} s")
+    if "request_id" in error.metadata:
+        lines.append(f"       request id {error.metadata['request_id']}")
+    return "\n".join(lines)
+
+
+def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("models", help="list the models, or show one model's card")
+    parser.add_argument("name", nargs="?", help="a model: show its card")
+    parser.add_argument("--service", help="ask one domain only, such as vision")
+    add_connection_options(parser)
+    parser.set_defaults(command=_models)
+
+
+def _models(options: argparse.Namespace) -> int:
+    with connect(options, options.service) as connection:
+        client = ModelsClient(connection)
+        if options.name:
+            answer = client.get(options.name)
+            print(answer.manifest_json if options.json else answer.card)
+            return 0
+        models = list(client.list())
+    if options.json:
+        for model in models:
+            print(json.dumps(json_format.MessageToDict(model, preserving_proto_field_name=True)))
+        return 0
+    table = Table(title="models")
+    for heading in ("service", "model", "version", "state", "variant", "accuracy", "p50 ms", "MB", "loaded"):
+        table.add_column(heading, justify="right" if heading in ("accuracy", "p50 ms", "MB") else "left")
+    for model in models:
+        state = type(model).DESCRIPTOR.fields_by_name["state"].enum_type.values_by_number[model.state].name
+        shown = (model.service, model.name, model.version, state.removeprefix("MODEL_STATE_").lower())
+        if not model.variants:
+            table.add_row(*shown, model.reason)
+        for row, variant in enumerate(model.variants):
+            metrics = variant.metrics
+            table.add_row(
+                *(shown if row == 0 else ("", "", "", "")),
+                variant.name,
+                f"{metrics['accuracy']:.4f}" if "accuracy" in metrics else "",
+                f"{metrics['latency_p50_ms']:.1f}" if "latency_p50_ms" in metrics else "",
+                f"{variant.size_bytes / 1e6:.1f}",
+                "yes" if variant.loaded else "no",
+            )
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

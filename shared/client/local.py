@@ -1,0 +1,186 @@
+"""Usagi without Docker: every service and the gateway as processes of this machine. `usagi local` and `usagi demo`.
+
+The processes are the same modules that the containers run; only addresses differ. Ports come from the table of
+services, or are free ones, so that a demo never collides with what already runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+
+from shared.errors import Unreachable
+from shared.services_table import ServicesTable, load_table
+
+STARTUP_SECONDS = 60.0
+STOP_SECONDS = 30.0
+
+
+@dataclass
+class LocalStack:
+    """Running processes. `target` is the gateway's address; `addresses` those of the services by domain."""
+
+    target: str
+    addresses: dict[str, str]
+    logs: Path
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def local_stack(logs: Path, *, free_ports: bool = False) -> Iterator[LocalStack]:
+    """Starts everything, waits until the gateway says SERVING for all domains, and stops everything at the end.
+
+    Args:
+        logs: folder for one log file a process.
+        free_ports: take free ports instead of those of the table.
+
+    Raises:
+        Unreachable: a process ended or did not become ready; the message shows the end of its log.
+    """
+    table = load_table()
+    logs.mkdir(parents=True, exist_ok=True)
+    ports = _ports(table, free_ports)
+    stack = LocalStack(
+        target=f"127.0.0.1:{ports['gateway']}",
+        addresses={name: f"127.0.0.1:{ports[name]}" for name in table.services},
+        logs=logs,
+    )
+    try:
+        for name in table.services:
+            environment = {"USAGI_PORT": ports[name], "USAGI_METRICS_PORT": ports[f"{name}.metrics"]}
+            _start(stack, name, f"services.{name}.serving", environment)
+        upstreams = {f"USAGI_UPSTREAM_{name.upper()}": address for name, address in stack.addresses.items()}
+        gateway = {
+            "USAGI_GATEWAY_PORT": ports["gateway"],
+            "USAGI_ADMIN_PORT": ports["admin"],
+            "USAGI_CATALOG_PORT": ports["catalog"],
+        }
+        _start(stack, "gateway", "services.gateway", {**gateway, **upstreams})
+        _wait_until_serving(stack)
+        yield stack
+    finally:
+        _stop(stack)
+
+
+def _ports(table: ServicesTable, free: bool) -> dict[str, int]:
+    gateway = table.gateway
+    ports = {"gateway": gateway.port, "admin": gateway.admin_port, "catalog": gateway.catalog_port}
+    for name, service in table.services.items():
+        ports[name], ports[f"{name}.metrics"] = service.local_port, service.local_metrics_port
+    if not free:
+        return ports
+    with contextlib.ExitStack() as held:
+        sockets = {name: held.enter_context(socket.create_server(("127.0.0.1", 0))) for name in ports}
+        return {name: opened.getsockname()[1] for name, opened in sockets.items()}
+
+
+def _start(stack: LocalStack, name: str, module: str, environment: dict[str, int] | dict[str, int | str]) -> None:
+    variables = {key: str(value) for key, value in environment.items()}
+    with (stack.logs / f"{name}.log").open("wb") as log:
+        stack.processes[name] = subprocess.Popen(
+            [sys.executable, "-m", module],
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _wait_until_serving(stack: LocalStack) -> None:
+    deadline = time.monotonic() + STARTUP_SECONDS
+    with grpc.insecure_channel(stack.target) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        while True:
+            for name, process in stack.processes.items():
+                if process.poll() is not None:
+                    raise Unreachable(f"{name} ended with code {process.returncode}:\n{_tail(stack.logs, name)}")
+            with contextlib.suppress(grpc.RpcError):
+                answer = health.Check(health_pb2.HealthCheckRequest(), timeout=2, wait_for_ready=True)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            if time.monotonic() > deadline:
+                tails = "\n".join(_tail(stack.logs, name) for name in stack.processes)
+                raise Unreachable(f"not every service is SERVING after {STARTUP_SECONDS:.0f} s:\n{tails}")
+            time.sleep(0.05)
+
+
+def _tail(logs: Path, name: str, lines: int = 8) -> str:
+    path = logs / f"{name}.log"
+    return f"--- {path}\n" + "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def _stop(stack: LocalStack) -> None:
+    for process in stack.processes.values():
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    for process in stack.processes.values():
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `usagi local` and `usagi demo`."""
+    local = commands.add_parser("local", help="run every service and the gateway on this machine until Ctrl-C")
+    local.add_argument("--logs", type=Path, default=Path("var/logs"), help="folder for logs (default: %(default)s)")
+    local.set_defaults(command=_local)
+    demo = commands.add_parser("demo", help="start everything, call every domain on real input, stop")
+    demo.add_argument("--out", type=Path, default=Path("out"), help="folder for pictures (default: %(default)s)")
+    demo.add_argument("--target", help="use a running gateway at host:port instead of starting one")
+    demo.set_defaults(command=_demo)
+
+
+def _local(options: argparse.Namespace) -> int:
+    console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with console.status("starting"), contextlib.ExitStack() as running:
+        stack = running.enter_context(local_stack(options.logs))
+        stay = running.pop_all()
+    with stay:
+        console.print(f"gateway  {stack.target}   gRPC, gRPC-Web and JSON   (logs in {options.logs})")
+        for name, address in stack.addresses.items():
+            console.print(f"{name:8} {address}")
+        console.print("try      usagi vision classify tests/data/flowers/*.jpg      Ctrl-C stops", markup=False)
+        with contextlib.suppress(KeyboardInterrupt):
+            while all(process.poll() is None for process in stack.processes.values()):
+                time.sleep(0.5)
+            ended = [name for name, process in stack.processes.items() if process.poll() is not None]
+            raise Unreachable(f"{', '.join(ended)} ended:\n{_tail(options.logs, ended[0])}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    console = Console()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as running:
+        target = options.target
+        if target is None:
+            started = time.perf_counter()
+            with console.status("starting every service and the gateway"):
+                target = running.enter_context(local_stack(options.out / "logs", free_ports=True)).target
+            console.print(f"everything serves after {time.perf_counter() - started:.1f} s, gateway at {target}")
+        for name in load_table().services:
+            if importlib.util.find_spec(f"services.{name}.demo") is not None:
+                console.rule(name)
+                importlib.import_module(f"services.{name}.demo").run(target, options.out, console)
+    pictures = ", ".join(str(path) for path in sorted(options.out.glob("*.png")))
+    console.print(f"pictures: {pictures}")
+    return 0
