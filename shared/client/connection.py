@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
+import usagi
 from google.protobuf import descriptor_pb2
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -23,7 +24,7 @@ DEFAULT_TARGET = "127.0.0.1:8080"
 DEFAULT_TIMEOUT = 30.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 SERVICE_HEADER = "usagi-service"
-DESCRIPTOR_SET = Path(__file__).parents[1] / "gen" / "usagi.binpb"
+DESCRIPTOR_SET = Path(usagi.__file__).parents[1] / "usagi.binpb"
 _T = TypeVar("_T")
 
 
