@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from shared.errors import DeadlinePassed
@@ -14,6 +16,7 @@ from shared.serving.batching import ComputePool
 from shared.serving.config import ServingConfig
 from shared.serving.cpu import compute_threads
 from shared.serving.repository import ModelRepository, RepositoryOptions
+from shared.serving.session import OnnxSession, Session
 from shared.serving.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -26,16 +29,22 @@ class Engine:
     Args:
         service: the domain.
         config: see ServingConfig.
+        open_session: makes a session from the path of a graph; tests pass their own.
     """
 
-    def __init__(self, service: str, config: ServingConfig) -> None:
+    def __init__(
+        self, service: str, config: ServingConfig, open_session: Callable[[Path], Session] | None = None
+    ) -> None:
         workers = config.threads or compute_threads()
         self.service = service
         self.config = config
         self.telemetry = Telemetry(service)
         self.pool = ComputePool(workers)
         self._offload = ThreadPoolExecutor(workers, thread_name_prefix="pre")
-        options = RepositoryOptions(threads=config.intra_op_threads, queue_size=config.queue_size)
+        options = RepositoryOptions(
+            queue_size=config.queue_size,
+            open_session=open_session or functools.partial(OnnxSession, threads=config.intra_op_threads),
+        )
         self.repository = ModelRepository(service, config.model_roots, self.pool, self.telemetry, options)
 
     async def start(self) -> None:

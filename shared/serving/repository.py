@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,7 +20,7 @@ from pathlib import Path
 from shared.artifacts import CARD_NAME, MANIFEST_NAME, ArtifactError, Manifest, read_manifest, verify_variant
 from shared.errors import ModelNotFound, ModelUnavailable, UsagiError
 from shared.serving.batching import Batcher, BatchLimits, ComputePool
-from shared.serving.session import CPU_PROVIDERS, OnnxSession, zeros_for
+from shared.serving.session import OnnxSession, Session, zeros_for
 from shared.serving.telemetry import ModelObserver, Telemetry
 
 log = logging.getLogger(__name__)
@@ -39,11 +39,10 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class RepositoryOptions:
-    """`threads`: intra-op threads of every session; `queue_size`: see BatchLimits; `providers`: ONNX Runtime's."""
+    """`queue_size`: see BatchLimits; `open_session`: makes a session from the path of a verified graph."""
 
-    threads: int = 1
     queue_size: int = 100
-    providers: tuple[str, ...] = CPU_PROVIDERS
+    open_session: Callable[[Path], Session] = OnnxSession
 
 
 @dataclass(eq=False)
@@ -54,7 +53,6 @@ class ServedVariant:
     variant: str
     batcher: Batcher
     observer: ModelObserver
-    providers: list[str]
     leases: int = 0
 
     @property
@@ -172,8 +170,7 @@ class ModelRepository:
             version.loaded[variant] = served
             version.state, version.reason = State.READY, ""
             self._telemetry.model_info.labels(version.name, str(version.version), variant).set(1)
-            fields = {"model": version.name, "version": version.version, "variant": variant}
-            log.info("model loaded", extra={**fields, "providers": served.providers})
+            log.info("loaded", extra={"model": version.name, "version": version.version, "variant": variant})
             return served
 
     def _open(self, version: ModelVersion, name: str) -> ServedVariant:
@@ -189,7 +186,7 @@ class ModelRepository:
         path = verify_variant(version.folder, variant)
         shapes = {spec.name: (spec.dtype, spec.shape) for spec in manifest.inputs}
         try:
-            session = OnnxSession(path, threads=self._options.threads, providers=self._options.providers)
+            session = self._options.open_session(path)
             for batch in (1, variant.max_batch):
                 session.run(zeros_for(shapes, batch))
         except Exception as error:  # ONNX Runtime raises a class of its own for every kind of fault
@@ -198,7 +195,7 @@ class ModelRepository:
         limits = BatchLimits(max_batch=variant.max_batch, queue_size=self._options.queue_size)
         batcher = Batcher(session, self._pool, limits, observer)
         self._telemetry.queue_depth.labels(*observer.labels).set_function(lambda: batcher.depth)
-        return ServedVariant(manifest, name, batcher, observer, session.providers)
+        return ServedVariant(manifest, name, batcher, observer)
 
     def find(self, name: str, version: str = "") -> ModelVersion:
         """The version that a request means; an empty version is the newest that is not broken.
