@@ -63,7 +63,7 @@ class ServedVariant:
 
 @dataclass(eq=False)
 class ModelVersion:
-    """A version on disk. `signature` changes when it was published again."""
+    """A version on disk. `signature` changes when it was published again; `auto` is the variant that `auto` means."""
 
     name: str
     version: int
@@ -72,6 +72,7 @@ class ModelVersion:
     manifest: Manifest | None = None
     state: State = State.AVAILABLE
     reason: str = ""
+    auto: str = ""
     loaded: dict[str, ServedVariant] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -108,23 +109,33 @@ class ModelRepository:
         self._telemetry = telemetry
         self._options = options or RepositoryOptions()
         self._versions: dict[tuple[str, int], ModelVersion] = {}
+        self._by_name: dict[str, list[ModelVersion]] = {}
         self._rescan_lock = asyncio.Lock()
 
     def versions(self) -> list[ModelVersion]:
         """All versions, by name and number."""
-        return [self._versions[key] for key in sorted(self._versions)]
+        return [entry for name in sorted(self._by_name) for entry in self._by_name[name]]
+
+    def _index(self) -> None:
+        by_name: dict[str, list[ModelVersion]] = {}
+        for key in sorted(self._versions):
+            by_name.setdefault(key[0], []).append(self._versions[key])
+        self._by_name = by_name
 
     async def rescan(self) -> None:
         """Brings the table up to date with the roots: loads what is new, retires what is gone."""
         async with self._rescan_lock:
             found = await asyncio.to_thread(self._scan)
             for key in [key for key in self._versions if key not in found]:
-                self._retire(self._versions.pop(key), "its folder is gone")
+                gone = self._versions.pop(key)
+                self._index()
+                self._retire(gone, "its folder is gone")
             for key, candidate in found.items():
                 known = self._versions.get(key)
                 if known is None or known.signature != candidate.signature or known.folder != candidate.folder:
                     await self._load_new(candidate)
                     self._versions[key] = candidate
+                    self._index()
                     if known is not None:
                         self._retire(known, "it was published again")
 
@@ -147,7 +158,8 @@ class ModelRepository:
             version.manifest = await asyncio.to_thread(read_manifest, version.folder)
             if version.manifest.service != self.service:
                 raise ArtifactError(f"{version.folder} belongs to the service {version.manifest.service}")
-            await self._load(version, version.manifest.auto_variant())
+            version.auto = version.manifest.auto_variant()
+            await self._load(version, version.auto)
         except UsagiError as error:
             self._fail(version, error.message)
 
@@ -203,12 +215,14 @@ class ModelRepository:
         Raises:
             ModelNotFound: no such model or version; `field` is `model` or `version`.
         """
-        candidates = [entry for entry in self.versions() if entry.name == name]
+        candidates = self._by_name.get(name)
         if not candidates:
-            raise ModelNotFound("model", name, sorted({entry.name for entry in self.versions()}))
+            raise ModelNotFound("model", name, sorted(self._by_name))
         if version == "":
-            healthy = [entry for entry in candidates if entry.state in (State.READY, State.AVAILABLE)]
-            return (healthy or candidates)[-1]
+            for entry in reversed(candidates):
+                if entry.state in (State.READY, State.AVAILABLE):
+                    return entry
+            return candidates[-1]
         for entry in candidates:
             if str(entry.version) == version:
                 return entry
@@ -242,7 +256,7 @@ class ModelRepository:
                 f"model {version.name} version {version.version} is {version.state.value}: {version.reason}",
                 metadata=metadata,
             )
-        name = version.manifest.auto_variant() if variant in ("", AUTO) else variant
+        name = version.auto if variant in ("", AUTO) else variant
         if name not in version.manifest.variants:
             raise ModelNotFound("variant", name, [AUTO, *version.manifest.variants])
         if name in version.loaded:
@@ -274,7 +288,7 @@ class ModelRepository:
             ModelNotFound: no such model or version.
         """
         first = self.find(name, version)
-        entries = [first] if version else [entry for entry in self.versions() if entry.name == name]
+        entries = [first] if version else list(self._by_name[name])
         for entry in entries:
             self._retire(entry, "unloaded on request")
             entry.state, entry.reason = State.UNLOADED, "unloaded on request; load it to serve it again"

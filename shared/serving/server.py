@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import grpc.aio
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from inference import open_inference_grpc_pb2_grpc as inference_grpc
 from usagi.model.v1 import model_service_pb2_grpc as model_grpc
 
@@ -26,15 +27,15 @@ from shared.errors import ConfigurationError
 from shared.logs import configure_json
 from shared.serving.config import ServingConfig
 from shared.serving.engine import Engine
-from shared.serving.interceptors import CallInterceptor
+from shared.serving.handlers import CallHandlers
 from shared.serving.model_service import ModelServicer
 from shared.serving.open_inference import OpenInferenceServicer
 
 log = logging.getLogger(__name__)
 
 COMMON_SERVICES = ("usagi.model.v1.ModelService", "inference.GRPCInferenceService")
-Register = Callable[[Engine, grpc.aio.Server], Sequence[str]]
-"""Adds a domain's own servicers to a server and returns their full names."""
+Register = Callable[[Engine, Any], Sequence[str]]
+"""Adds a domain's own servicers to a server (or what stands in for it) and returns their full names."""
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -75,20 +76,21 @@ class ModelServer:
         Raises:
             ConfigurationError: the port is taken.
         """
-        server = grpc.aio.server(
-            interceptors=[CallInterceptor(self.engine.service, self.engine.telemetry)],
-            options=channel_options(self._config.max_message_bytes),
-        )
-        self._server = server
-        self._services = [*self._register(self.engine, server), *COMMON_SERVICES]
-        model_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.engine), server)
+        handlers = CallHandlers(self.engine.service, self.engine.telemetry)
+        registry: Any = handlers  # it takes registrations as a server does
+        self._services = [*self._register(self.engine, registry), *COMMON_SERVICES]
+        model_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.engine), registry)
         inference_grpc.add_GRPCInferenceServiceServicer_to_server(
-            OpenInferenceServicer(self.engine, lambda: self._ready), server
+            OpenInferenceServicer(self.engine, lambda: self._ready), registry
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
         if self._config.reflection:
             names = [*self._services, "grpc.health.v1.Health", reflection.SERVICE_NAME]
-            reflection.enable_server_reflection(names, server)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+                reflection.aio.ReflectionServicer(names), handlers
+            )
+        server = self._server = grpc.aio.server(options=channel_options(self._config.max_message_bytes))
+        server.add_generic_rpc_handlers((handlers,))
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             self.port = server.add_insecure_port(f"{self._config.host}:{self._config.port}")
@@ -98,6 +100,8 @@ class ModelServer:
             ) from error
         await server.start()
         await self.engine.start()
+        gc.collect()
+        gc.freeze()  # what lives from now to the end is not worth scanning while calls wait
         self._watcher = asyncio.create_task(self.engine.watch())
         self._ready = True
         await self._say(health_pb2.HealthCheckResponse.SERVING)

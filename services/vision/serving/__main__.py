@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import grpc.aio
 from usagi.vision.v1 import vision_service_pb2_grpc as pb_grpc
 
 from services.vision.serving.config import VisionConfig
@@ -22,7 +22,7 @@ SERVICE = "vision"
 def registration(config: VisionConfig) -> Register:
     """What adds the vision servicer to a server."""
 
-    def register(engine: Engine, server: grpc.aio.Server) -> Sequence[str]:
+    def register(engine: Engine, server: Any) -> Sequence[str]:
         servicer = VisionServicer(ImageClassifier(engine, config), config)
         pb_grpc.add_VisionServiceServicer_to_server(servicer, server)
         return ["usagi.vision.v1.VisionService"]

@@ -1,0 +1,196 @@
+"""What happens around every call of every service: request id, error mapping, metrics and the access log.
+
+gRPC's own interceptors run Python for every call to find the handler; here every handler is wrapped once, when it is
+registered. The wrapper also parses requests itself, so that bytes that are no message of the method become
+INVALID_ARGUMENT instead of gRPC's bare INTERNAL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_status import rpc_status
+
+from shared.errors import InvalidInput, NotSupported
+from shared.logs import request_id
+from shared.serving.status import code_of, to_status, trailers_of
+from shared.serving.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+access_log = logging.getLogger("usagi.access")
+
+REQUEST_ID = "x-request-id"
+MAX_ID = 128
+QUIET = ("/grpc.health.", "/grpc.reflection.")
+"""Methods whose calls are neither logged nor counted."""
+
+Handler = Any  # grpc.RpcMethodHandler has no usable type
+
+
+class CallHandlers(grpc.GenericRpcHandler):
+    """All methods of a server, wrapped; generated `add_*_to_server` functions take it for the server.
+
+    Args:
+        service: the domain, for logs, metrics and ErrorInfo.
+        telemetry: counts the calls.
+    """
+
+    def __init__(self, service: str, telemetry: Telemetry) -> None:
+        self._service = service
+        self._telemetry = telemetry
+        self._handlers: dict[str, Handler] = {}
+        self._unknown = CallObserver(service, "unknown", telemetry)
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
+        """gRPC's way to register a service; the methods come by `add_registered_method_handlers`."""
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Handler]) -> None:
+        """Wraps and keeps the methods of one gRPC service."""
+        for name, handler in method_handlers.items():
+            method = f"/{service_name}/{name}"
+            self._handlers[method] = handler if method.startswith(QUIET) else self._wrap(method, handler)
+
+    def service(self, handler_call_details: Any) -> Handler:
+        """gRPC asks for the handler of a call."""
+        method: str = handler_call_details.method
+        return self._handlers.get(method) or wrap_handler(_unknown_method(method), self._unknown)
+
+    def _wrap(self, method: str, handler: Handler) -> Handler:
+        return wrap_handler(handler, CallObserver(self._service, method, self._telemetry))
+
+
+class CallObserver:
+    """The metrics of one method, looked up once."""
+
+    def __init__(self, service: str, method: str, telemetry: Telemetry) -> None:
+        self.service, self.method = service, method
+        self.inflight = telemetry.inflight.labels(service)
+        self.seconds = telemetry.request_seconds.labels(service, method)
+        self._requests = telemetry.requests
+        self._counters: dict[str, Any] = {}
+
+    def count(self, code: str) -> None:
+        """Counts a call by its code."""
+        counter = self._counters.get(code)
+        if counter is None:
+            counter = self._counters[code] = self._requests.labels(self.service, self.method, code)
+        counter.inc()
+
+
+def wrap_handler(handler: Handler, observer: CallObserver) -> Handler:
+    """A handler of the same kind that observes its calls and maps their errors."""
+    parse = _parse_stream if handler.request_streaming else _parse
+    kind = ("stream" if handler.request_streaming else "unary") + (
+        "_stream" if handler.response_streaming else "_unary"
+    )
+    wrap = _streaming if handler.response_streaming else _unary
+    behaviour = wrap(getattr(handler, kind), parse, handler.request_deserializer, observer)
+    make = getattr(grpc, f"{kind}_rpc_method_handler")
+    return make(behaviour, response_serializer=handler.response_serializer)
+
+
+def _unary(behaviour: Any, parse: Any, deserialize: Any, observer: CallObserver) -> Any:
+    async def call(request: Any, context: Any) -> Any:
+        record = _CallRecord(observer, context)
+        try:
+            response = await behaviour(parse(request, deserialize), context)
+        except asyncio.CancelledError:
+            record.finish(grpc.StatusCode.CANCELLED)
+            raise
+        except Exception as error:
+            record.fail(error)
+            return None
+        record.finish(grpc.StatusCode.OK)
+        return response
+
+    return call
+
+
+def _streaming(behaviour: Any, parse: Any, deserialize: Any, observer: CallObserver) -> Any:
+    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        record = _CallRecord(observer, context)
+        try:
+            async for response in behaviour(parse(request, deserialize), context):
+                yield response
+        except (asyncio.CancelledError, GeneratorExit):
+            record.finish(grpc.StatusCode.CANCELLED)
+            raise
+        except Exception as error:
+            record.fail(error)
+            return
+        record.finish(grpc.StatusCode.OK)
+
+    return call
+
+
+class _CallRecord:
+    """One call from arrival to answer."""
+
+    def __init__(self, observer: CallObserver, context: Any) -> None:
+        self._started = time.perf_counter()
+        self._observer, self._context = observer, context
+        self._id = next((str(value)[:MAX_ID] for key, value in context.invocation_metadata() if key == REQUEST_ID), "")
+        self._id = self._id or secrets.token_hex(16)
+        request_id.set(self._id)
+        context.set_trailing_metadata(((REQUEST_ID, self._id),))
+        observer.inflight.inc()
+
+    def fail(self, error: Exception) -> None:
+        """Answers with the rich status of `error`."""
+        if isinstance(error, grpc.aio.AbortError):  # the servicer set the status itself
+            self.finish(self._context.code())
+            return
+        status = to_status(error, self._observer.service, self._id)
+        code = code_of(status)
+        if code is grpc.StatusCode.INTERNAL:
+            log.error("unexpected error", exc_info=error, extra={"method": self._observer.method})
+        rich = rpc_status.to_status(status)
+        self._context.set_code(rich.code)
+        self._context.set_details(rich.details)
+        self._context.set_trailing_metadata((*rich.trailing_metadata, (REQUEST_ID, self._id), *trailers_of(error)))
+        self.finish(code, status.message)
+
+    def finish(self, code: grpc.StatusCode, message: str = "") -> None:
+        """Counts and logs the call."""
+        seconds = time.perf_counter() - self._started
+        observer = self._observer
+        observer.inflight.dec()
+        observer.count(code.name)
+        observer.seconds.observe(seconds)
+        if access_log.isEnabledFor(logging.INFO):
+            fields = {"method": observer.method, "code": code.name, "ms": round(seconds * 1000, 3)}
+            if message:
+                fields["error"] = message
+            access_log.info("call", extra=fields)
+
+
+def _parse(request: bytes, deserialize: Callable[[bytes], Any] | None) -> Any:
+    if deserialize is None:
+        return request
+    try:
+        return deserialize(request)
+    except Exception as error:
+        raise InvalidInput(
+            "request", "the bytes are not a message of this method; check that client and server use the same protos"
+        ) from error
+
+
+async def _parse_stream(
+    requests: AsyncIterator[bytes], deserialize: Callable[[bytes], Any] | None
+) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _parse(request, deserialize)
+
+
+def _unknown_method(method: str) -> Handler:
+    async def refuse(request: bytes, context: Any) -> bytes:
+        raise NotSupported(f"this server has no method {method}; gRPC reflection lists those that it has")
+
+    return grpc.unary_unary_rpc_method_handler(refuse)
