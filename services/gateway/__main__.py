@@ -1,0 +1,68 @@
+"""The gateway's commands: `python -m services.gateway [serve | render | validate | prometheus]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import uvloop
+
+from services.gateway.config import GatewayConfig, load_config
+from services.gateway.envoy import bootstrap
+from services.gateway.prometheus import scrape_config
+from services.gateway.supervisor import Supervisor, envoy_command, write_configuration
+from shared.errors import UsagiError
+from shared.logs import configure_json
+from shared.services_table import ServicesTable, load_table
+
+COMMANDS = {
+    "serve": "run Envoy and the catalog until SIGTERM (default)",
+    "render": "print Envoy's configuration",
+    "validate": "let Envoy check the configuration",
+    "prometheus": "print Prometheus' configuration",
+}
+
+
+def main() -> None:
+    """Reads the command and the environment, and obeys."""
+    description = "\n".join(f"{name:11} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m services.gateway",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", default="serve", choices=COMMANDS)
+    command = parser.parse_args().command
+    table = load_table()
+    try:
+        sys.exit(_run(command, load_config(table=table), table))
+    except UsagiError as error:
+        sys.exit(f"usagi-gateway: {error.message}")
+
+
+def _run(command: str, config: GatewayConfig, table: ServicesTable) -> int:
+    if command == "render":
+        print(json.dumps(bootstrap(config, table), indent=2))
+        return 0
+    if command == "prometheus":
+        print(scrape_config(table), end="")
+        return 0
+    if command == "validate":
+        return validate(config, table)
+    configure_json(config.log_level, service="gateway")
+    return uvloop.run(Supervisor(config, table).run())
+
+
+def validate(config: GatewayConfig, table: ServicesTable) -> int:
+    """Envoy's own check of the configuration; its exit code."""
+    with tempfile.TemporaryDirectory(prefix="usagi-gateway-") as folder:
+        path = write_configuration(Path(folder), config, table)
+        return subprocess.run([*envoy_command(path), "--mode", "validate"], check=False).returncode  # noqa: S603
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The catalog: what answers for the whole suite, beside Envoy and off the data path.
+
+Reflection of every domain's services, health of all of them, and one list of all models. Calls reach it when they name no
+domain, so a client that knows one address and no proto can find everything.
+"""
+
+from __future__ import annotations
+
+import grpc
+import grpc.aio
+from google.protobuf import descriptor_pool
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+from inference import open_inference_grpc_pb2_grpc as oip_grpc
+from usagi.model.v1 import model_service_pb2_grpc as model_grpc
+
+from services.gateway.catalog_interceptor import CatalogInterceptor
+from services.gateway.catalog_servicers import CatalogInferenceServicer, MergedModelServicer
+from services.gateway.config import GatewayConfig
+from services.gateway.descriptors import COMMON_SERVICES, REFLECTION, descriptor_set
+from services.gateway.domains import NOT_SERVING, SERVING, Domains
+from shared.errors import ConfigurationError
+from shared.services_table import ServicesTable
+
+OWN_SERVICES = ("usagi.model.v1.ModelService", "inference.GRPCInferenceService")
+"""Answered by the catalog itself, so SERVING as long as it lives."""
+
+
+class Catalog:
+    """The catalog's server.
+
+    Args:
+        config: where it listens and where the services are.
+        table: the services.
+    """
+
+    def __init__(self, config: GatewayConfig, table: ServicesTable) -> None:
+        self._config, self._table = config, table
+        self._limit = table.gateway.max_message_bytes
+        self._health = health_aio.HealthServicer()
+        self._domains: Domains | None = None
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Listens on loopback and follows the services' health.
+
+        Raises:
+            ConfigurationError: the port is taken.
+        """
+        self._domains = Domains(self._config.addresses, self._limit)
+        server = self._server = grpc.aio.server(
+            interceptors=[CatalogInterceptor(self._domains.names)],
+            options=[("grpc.max_receive_message_length", self._limit), ("grpc.so_reuseport", 0)],
+        )
+        model_grpc.add_ModelServiceServicer_to_server(MergedModelServicer(self._domains), server)
+        oip_grpc.add_GRPCInferenceServiceServicer_to_server(CatalogInferenceServicer(self._domains), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        server.add_generic_rpc_handlers(reflection_handlers(self._table))
+        try:
+            server.add_insecure_port(f"127.0.0.1:{self._config.catalog_port}")
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"cannot listen on 127.0.0.1:{self._config.catalog_port}: is another gateway there? set USAGI_CATALOG_PORT"
+            ) from error
+        await self._health.set("", NOT_SERVING)
+        for name in OWN_SERVICES:
+            await self._health.set(name, SERVING)
+        await server.start()
+        self._domains.watch(self._publish)
+
+    async def _publish(self, domain: str, serving: bool) -> None:
+        """Says the health of a domain's typed services, and of the whole: SERVING when every domain is."""
+        assert self._domains is not None
+        for name in self._table.services[domain].grpc_services:
+            await self._health.set(name, SERVING if serving else NOT_SERVING)
+        await self._health.set("", SERVING if all(self._domains.serving.values()) else NOT_SERVING)
+
+    async def drain(self) -> None:
+        """Says NOT_SERVING for everything."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self) -> None:
+        """Ends the server and its connections."""
+        if self._domains is not None:
+            await self._domains.close()
+        if self._server is not None:
+            await self._server.stop(1.0)
+
+
+def reflection_handlers(table: ServicesTable) -> list[grpc.GenericRpcHandler]:
+    """Reflection under both of its names, from the descriptor set: no stub of any domain is imported."""
+    pool = descriptor_pool.DescriptorPool()
+    for file in descriptor_set().file:
+        pool.Add(file)  # type: ignore[no-untyped-call]
+    typed_services = [name for service in table.services.values() for name in service.grpc_services]
+    servicer = reflection.aio.ReflectionServicer([*typed_services, *COMMON_SERVICES, *REFLECTION[:1]], pool=pool)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return [grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler}) for name in REFLECTION]

@@ -1,0 +1,110 @@
+"""The catalog's connections to the services: their health as it changes, and their models on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from usagi.model.v1 import model_service_pb2 as pb
+from usagi.model.v1 import model_service_pb2_grpc as pb_grpc
+
+from services.gateway.config import Address
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 0.5
+CALL_SECONDS = 2.0
+PAGE_SIZE = 1000
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+HealthListener = Callable[[str, bool], Awaitable[None]]
+"""Is told a domain and whether it serves, at the start and at each change."""
+
+
+class Domains:
+    """Channels to all services.
+
+    Args:
+        addresses: where each domain is.
+        max_message_bytes: limit of one message.
+    """
+
+    def __init__(self, addresses: Mapping[str, Address], max_message_bytes: int) -> None:
+        options = [
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 1000),  # the default, 2 minutes, would hide a restarted service
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        self._channels = {
+            name: grpc.aio.insecure_channel(str(address), options=options) for name, address in addresses.items()
+        }
+        self.serving = dict.fromkeys(addresses, False)
+        self._watchers: list[asyncio.Task[None]] = []
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All domains, in the table's order."""
+        return tuple(self._channels)
+
+    def watch(self, listener: HealthListener) -> None:
+        """Follows the health of every domain from now on."""
+        self._watchers = [asyncio.create_task(self._follow(name, listener)) for name in self._channels]
+
+    async def _follow(self, name: str, listener: HealthListener) -> None:
+        stub = health_pb2_grpc.HealthStub(self._channels[name])
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
+                    await self._say(name, answer.status == SERVING, listener)
+            await self._say(name, False, listener)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _say(self, name: str, serving: bool, listener: HealthListener) -> None:
+        if serving != self.serving[name]:
+            log.info("health", extra={"domain": name, "serving": serving})
+        self.serving[name] = serving
+        await listener(name, serving)
+
+    async def list_models(self, metadata: Any) -> tuple[list[pb.Model], list[str]]:
+        """The models of all domains, and the domains that did not answer."""
+        answers = await asyncio.gather(*(self._models_of(name, metadata) for name in self._channels))
+        models = [model for answer in answers if answer is not None for model in answer]
+        unreachable = [name for name, answer in zip(self._channels, answers, strict=True) if answer is None]
+        return models, unreachable
+
+    async def _models_of(self, name: str, metadata: Any) -> list[pb.Model] | None:
+        stub = pb_grpc.ModelServiceStub(self._channels[name])
+        models: list[pb.Model] = []
+        request = pb.ListModelsRequest(page_size=PAGE_SIZE)
+        try:
+            while True:
+                page = await stub.ListModels(request, timeout=CALL_SECONDS, metadata=metadata)
+                models.extend(page.models)
+                if not page.next_page_token:
+                    return models
+                request.page_token = page.next_page_token
+        except grpc.aio.AioRpcError as error:
+            log.warning("no list of models", extra={"domain": name, "code": error.code().name})
+            return None
+
+    async def get_model(self, name: str, request: pb.GetModelRequest, metadata: Any) -> pb.GetModelResponse:
+        """Asks one domain for a model; its error passes on as it is."""
+        stub = pb_grpc.ModelServiceStub(self._channels[name])
+        return await stub.GetModel(request, timeout=CALL_SECONDS, metadata=metadata)
+
+    async def close(self) -> None:
+        """Ends the watching and closes the channels."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await asyncio.gather(*(channel.close() for channel in self._channels.values()))

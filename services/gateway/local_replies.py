@@ -1,0 +1,179 @@
+"""What the gateway itself refuses, as google.rpc statuses: in trailers for gRPC and gRPC-Web, as the body for JSON.
+
+Envoy answers a refusal with bare text. Its `local_reply_config` can replace the text and add headers, and keeps a
+`grpc-status` that is already there. So each refusal below becomes one mapper for gRPC callers, with the serialised status
+in `grpc-status-details-bin`, and one for JSON callers, with the same status as JSON.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from shared.errors import DOMAIN
+
+GATEWAY_DOMAIN = f"gateway.{DOMAIN}"
+ORIGINAL_PATH = "x-envoy-original-path"
+"""The transcoder sets it on the requests that it turned from JSON into gRPC."""
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One kind of refusal.
+
+    Attributes:
+        code: name of the gRPC code.
+        reason: google.rpc.ErrorInfo.reason.
+        message: what is wrong and what to do. gRPC callers compare it with the details, so it holds no variable.
+        flags: Envoy's response flags that mean it; empty means that `status` decides.
+        status: Envoy's HTTP status that means it, if there are no flags.
+        http: HTTP status for JSON callers.
+        retry_seconds: suggested delay before a retry; 0 means none is suggested.
+        verbatim: JSON callers see Envoy's own text, which names the place in their request.
+    """
+
+    code: str
+    reason: str
+    message: str
+    flags: tuple[str, ...] = ()
+    status: int = 0
+    http: int = 0
+    retry_seconds: int = 0
+    verbatim: bool = False
+
+
+def refusals(max_message_bytes: int) -> tuple[Refusal, ...]:
+    """All kinds; the first that fits is taken."""
+    return (
+        Refusal(
+            "RESOURCE_EXHAUSTED",
+            "MESSAGE_TOO_LARGE",
+            f"the message is over the limit of {max_message_bytes} bytes; send a smaller one",
+            status=413,
+            http=413,
+        ),
+        Refusal(
+            "PERMISSION_DENIED",
+            "ADMIN_ONLY",
+            "this method needs the admin role; no keys are set, so it is open to callers on the gateway's machine only",
+            status=403,
+            http=403,
+        ),
+        Refusal(
+            "DEADLINE_EXCEEDED",
+            "DEADLINE_PASSED",
+            "the deadline passed before the service answered",
+            flags=("UT", "DT", "UMSDR", "SI"),
+            http=504,
+        ),
+        Refusal(
+            "UNAVAILABLE",
+            "SERVICE_UNAVAILABLE",
+            "the service behind this method does not answer: it starts, has stopped or is overloaded; retry in a second",
+            flags=("UH", "UF", "UC", "UR", "UO", "LR", "LH", "NC", "OM", "URX", "UPE"),
+            http=503,
+            retry_seconds=1,
+        ),
+        Refusal(
+            "INVALID_ARGUMENT",
+            "INVALID_JSON",
+            "the request cannot be turned into a message of this method",
+            status=400,
+            http=400,
+            verbatim=True,
+        ),
+        Refusal(
+            "UNIMPLEMENTED",
+            "METHOD_NOT_FOUND",
+            "there is no such method; JSON calls are POST /<package>.<Service>/<Method>, and reflection lists them all",
+            status=404,
+            http=404,
+        ),
+        Refusal(
+            "UNIMPLEMENTED",
+            "CONTENT_TYPE_NOT_SUPPORTED",
+            "this content type is not spoken here; use application/grpc, application/grpc-web or application/json",
+            status=415,
+            http=415,
+        ),
+    )
+
+
+def local_reply_config(max_message_bytes: int) -> Json:
+    """Envoy's `local_reply_config`."""
+    kinds = refusals(max_message_bytes)
+    return {
+        "mappers": [*(_grpc_mapper(kind) for kind in kinds), *(_json_mapper(kind) for kind in kinds)],
+        "body_format": {"text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"}},
+    }
+
+
+def rich_status(kind: Refusal) -> status_pb2.Status:
+    """The status with its details."""
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=kind.reason, domain=GATEWAY_DOMAIN)]
+    if kind.retry_seconds:
+        details.append(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=kind.retry_seconds)))
+    return status_pb2.Status(code=_number(kind), message=kind.message, details=[_pack(detail) for detail in details])
+
+
+def _pack(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+def _number(kind: Refusal) -> int:
+    return int(code_pb2.Code.Value(kind.code))
+
+
+def _grpc_mapper(kind: Refusal) -> Json:
+    encoded = base64.b64encode(rich_status(kind).SerializeToString()).decode()
+    return {
+        "filter": _all_of(_matches(kind), _from_grpc_caller()),
+        "headers_to_add": [_header("grpc-status", str(_number(kind))), _header("grpc-status-details-bin", encoded)],
+        "body_format_override": {"text_format_source": {"inline_string": kind.message}},
+    }
+
+
+def _json_mapper(kind: Refusal) -> Json:
+    message = "%LOCAL_REPLY_BODY%" if kind.verbatim else kind.message
+    details: list[Json] = [
+        {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": kind.reason, "domain": GATEWAY_DOMAIN}
+    ]
+    if kind.retry_seconds:
+        retry = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{kind.retry_seconds}s"}
+        details.append(retry)
+    return {
+        "filter": _matches(kind),
+        "status_code": kind.http,
+        "body_format_override": {"json_format": {"code": _number(kind), "message": message, "details": details}},
+    }
+
+
+def _matches(kind: Refusal) -> Json:
+    if kind.flags:
+        return {"response_flag_filter": {"flags": list(kind.flags)}}
+    value = {"default_value": kind.status, "runtime_key": f"gateway.refusal.{kind.reason.lower()}"}
+    return {"status_code_filter": {"comparison": {"op": "EQ", "value": value}}}
+
+
+def _from_grpc_caller() -> Json:
+    """gRPC or gRPC-Web: by content type, unless the transcoder made it so."""
+    grpc_type = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
+    transcoded = {"name": ORIGINAL_PATH, "present_match": True, "invert_match": True}
+    return _all_of({"header_filter": {"header": grpc_type}}, {"header_filter": {"header": transcoded}})
+
+
+def _all_of(first: Json, second: Json) -> Json:
+    return {"and_filter": {"filters": [first, second]}}
+
+
+def _header(name: str, value: str) -> Json:
+    return {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
