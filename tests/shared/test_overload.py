@@ -1,4 +1,4 @@
-"""Overload of a real server in a process of its own: exactly one batch and one queue are served, the rest is refused fast."""
+"""Overload of a real server in its own process: exactly one batch and one queue are served, the rest refused fast."""
 
 import asyncio
 import collections

@@ -1,4 +1,4 @@
-"""The model repository of a running server: publish, replace, break, remove, load, unload - and everything else serves."""
+"""The model repository of a running server: publish, replace, break, remove, load, unload; all else serves on."""
 
 import shutil
 import threading

@@ -1,4 +1,4 @@
-"""The vision service over a real port, with a model whose answers can be worked out by hand: the colour of a picture."""
+"""The vision service over a real port, with a model whose answers are worked out by hand: the colour of a picture."""
 
 import queue
 import subprocess

@@ -1,0 +1,74 @@
+"""`usagi demo`, the way a newcomer sees it: real processes, real answers, pictures, and nothing left running."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+USAGI = [sys.executable, "-m", "shared.client.cli"]
+
+
+def running(pattern):
+    return subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout.split()
+
+
+def test_demo_answers_draws_and_stops(tmp_path):
+    before = set(running("services.vision.serving")) | set(running("services.gateway"))
+    started = time.monotonic()
+    environment = {**os.environ, "COLUMNS": "140"}
+    done = subprocess.run(
+        [*USAGI, "demo", "--out", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("right") >= 6, f"of 8 photos at least 6 are recognised:\n{done.stdout}"
+    assert "fp32" in done.stdout
+    assert "int8" in done.stdout
+    picture = cv2.imread(str(tmp_path / "vision_classify.png"))
+    assert picture is not None
+    assert picture.std() > 20, "the picture shows something"
+    assert min(picture.shape[:2]) > 400
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 1000
+    assert set(running("services.vision.serving")) | set(running("services.gateway")) <= before
+    assert seconds < 60, f"{seconds:.0f} s"
+
+
+def test_cli_explains_itself():
+    for arguments in (["--help"], ["vision", "--help"], ["vision", "classify", "--help"], ["models", "--help"]):
+        done = subprocess.run([*USAGI, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        assert "usage: usagi" in done.stdout
+
+
+def test_nobody_at_the_target_is_said_in_one_line():
+    sample = next((ROOT / "tests/data/flowers").glob("*.jpg"))
+    done = subprocess.run(
+        [*USAGI, "vision", "classify", str(sample), "--target", "127.0.0.1:9", "--timeout", "10"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "UNAVAILABLE" in done.stderr
+    assert "make local" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_photo_is_said_before_any_call():
+    done = subprocess.run(
+        [*USAGI, "vision", "classify", "no-such.jpg"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "no-such.jpg is not a file" in done.stderr
