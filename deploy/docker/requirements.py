@@ -1,7 +1,7 @@
 """Prints what an image has to install: the plain dependencies of pyproject.toml and those of the extras named.
 
 `python requirements.py cpu vision`. The images read this text instead of pyproject.toml itself, so that an edit there
-that changes no dependency leaves their layers in the cache. Standard library only: it runs before anything is installed.
+that changes no dependency leaves their layers in the cache. Standard library only: nothing is installed when it runs.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from locust import task
 from usagi.model.v1 import model_service_pb2 as model_pb
 from usagi.model.v1 import model_service_pb2_grpc as model_grpc
 from usagi.vision.v1 import vision_service_pb2 as pb
@@ -22,7 +21,8 @@ class VisionUser(GrpcUser):
     """Mostly the default variant, some fp32, the list of models, and one picture in ten that is cut short."""
 
     service = "vision"
-    _answers: dict[tuple[str, str], str] = {}  # noqa: RUF012 (photo, variant) -> label, shared by all users on purpose
+    _answers: ClassVar[dict[tuple[str, str], str]] = {}
+    """(photo, variant) -> label, shared by all users."""
 
     def on_start(self) -> None:
         """Connects and reads the photos."""
@@ -33,22 +33,18 @@ class VisionUser(GrpcUser):
         self.vision = pb_grpc.VisionServiceStub(self.channel)
         self.models = model_grpc.ModelServiceStub(self.channel)
 
-    @task(6)
     def classify(self) -> None:
         """The variant that the service chooses."""
         self._classify("")
 
-    @task(2)
     def classify_fp32(self) -> None:
         """The uncompressed variant."""
         self._classify("fp32")
 
-    @task(1)
     def list_models(self) -> None:
         """What the console and the command line ask first."""
         self.measure("ListModels", self.models.ListModels, model_pb.ListModelsRequest(), _check_models)
 
-    @task(1)
     def classify_truncated(self) -> None:
         """A picture that ends early must be refused, with the reason, and harm nobody else."""
         photo = random.choice(list(self.photos.values()))  # noqa: S311
@@ -67,6 +63,8 @@ class VisionUser(GrpcUser):
 
         request = pb.ClassifyImageRequest(image=photo, variant=variant)
         self.measure(f"ClassifyImage {variant or 'auto'}", self.vision.ClassifyImage, request, check)
+
+    tasks: ClassVar = {classify: 6, classify_fp32: 2, list_models: 1, classify_truncated: 1}
 
 
 def _check_classes(answer: pb.ClassifyImageResponse, variant: str) -> None:

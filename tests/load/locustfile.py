@@ -3,8 +3,8 @@
     .venv/bin/locust -f tests/load/locustfile.py --headless -u 4 -r 2 -t 10s --host 127.0.0.1:8080
 
 The users stand in `services/<domain>/load.py`. At the end the objectives decide the exit code: no errors, and the 95th
-percentile of every kind of call at most USAGI_LOAD_P95_MS. Users pace themselves (closed loop): the report says what was
-achieved, not what would be offered.
+percentile of every kind of call at most USAGI_LOAD_P95_MS. Users pace themselves (closed loop): the report says what
+was achieved, not what would be offered.
 """
 
 import grpc.experimental.gevent as grpc_gevent
