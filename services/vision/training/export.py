@@ -1,0 +1,216 @@
+"""Exports a trained run and publishes it: `python -m services.vision.training.export --seed 0`.
+
+Writes the fp32 graph, quantises it to int8, measures both on the held-back part, lets the gate decide, and publishes what
+passes with its manifest and card. The int8 recipe is chosen on the validation part; the test part only judges the result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+
+from services.vision.preprocess import ClassificationPreprocessing
+from services.vision.training.data import LABELS, Photos, load_photos
+from services.vision.training.models import MODELS
+from services.vision.training.record import describe_variant, training_record
+from services.vision.training.train import RunResult
+from shared.artifacts import CARD_NAME, Manifest, TensorSpec, publish, write_atomically
+from shared.errors import ConfigurationError
+from shared.training.card import render_card
+from shared.training.export import check_parity, export_onnx, onnx_predictor, open_session, opset_of
+from shared.training.gate import Measured, Verdict, judge
+from shared.training.latency import Latency, measure_latencies
+from shared.training.metrics import Classification, agreement, classify, torch_predictor
+from shared.training.quantize import QuantizeRecipe, quantize_int8
+
+LOG = logging.getLogger("usagi.export")
+CARDS = Path(__file__).parents[1] / "cards"
+FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
+RECIPES = (QuantizeRecipe("minmax"), QuantizeRecipe("minmax", keep_ends=True))
+"""In order of preference; a later one is taken only if it agrees with fp32 on more validation photos."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Exports a trained run to ONNX, quantises it, and publishes both with a manifest."""
+
+    mode: str = "finetune"
+    """Mode of the run to ship."""
+    seed: int = 0
+    """Seed of the run to ship."""
+    model: str = "efficientnet-lite0"
+    """Network."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    root: Path = Path("var/models")
+    """Model root to publish into; `deploy/models` holds what the images are built with."""
+    version: int = 1
+    """Version number to publish as; the same version is replaced."""
+    calibration: int = 256
+    """Photos of the training part that set the int8 ranges."""
+    quick: bool = False
+    """Export a `--quick` run; the card is not copied to `services/vision/cards`."""
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run to ship lives."""
+        name = f"{self.mode}-seed{self.seed}" + ("-quick" if self.quick else "")
+        return self.runs / f"flowers-{self.model}" / name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One variant with all that was measured on it."""
+
+    path: Path
+    test: Classification
+    val: Classification
+    latency: Latency
+    verdict: Verdict
+    extra: dict[str, float]
+
+
+def export(config: ExportConfig) -> Path:
+    """Exports, measures, judges and publishes a run; returns the folder of the published version.
+
+    Raises:
+        ConfigurationError: the run is not finished, or the export differs from PyTorch.
+    """
+    result = read_result(config.run_folder)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        candidates = _make_candidates(config, Path(folder))
+        manifest = _manifest(config, result, candidates)
+        for name, candidate in candidates.items():
+            LOG.info("%s: %s", name, "ships" if candidate.verdict.ships else "; ".join(candidate.verdict.reasons))
+
+        def fill(target: Path) -> None:
+            for name in manifest.variants:
+                shutil.copy(candidates[name].path, target / FILES[name])
+            (target / CARD_NAME).write_text(render_card(manifest), encoding="utf-8")
+
+        published = publish(config.root, manifest, fill)
+    if not config.quick and config.root.resolve() == Path("deploy/models").resolve():
+        write_atomically(CARDS / f"{manifest.name}.md", render_card(manifest))
+    return published
+
+
+def read_result(folder: Path) -> RunResult:
+    """The `result.json` of a run.
+
+    Raises:
+        ConfigurationError: the run is missing or not finished.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        raise ConfigurationError(f"{path} does not exist; train first: python -m services.vision.training.train --help")
+    return RunResult(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _make_candidates(config: ExportConfig, folder: Path) -> dict[str, Candidate]:
+    preprocessing = ClassificationPreprocessing()
+    model = MODELS.get(config.model)(len(LABELS), False)
+    model.load_state_dict(torch.load(config.run_folder / "weights.pt", weights_only=True))
+    val, test = load_photos("val"), load_photos("test")
+    inputs = stack(val, preprocessing)
+    fp32, int8 = folder / FILES["fp32"], folder / FILES["int8"]
+    example = torch.from_numpy(inputs[:2])
+    export_onnx(model, example, fp32, input_name="image", output_name="logits")
+    parity = check_parity(torch_predictor(model), onnx_predictor(open_session(fp32)), inputs)
+    LOG.info("fp32 exported, largest difference from PyTorch %.1e", parity)
+    recipe = choose_recipe(fp32, int8, stack(load_photos("train").take(config.calibration), preprocessing), inputs)
+    LOG.info("int8 recipe: %s", recipe.name)
+    paths = {"fp32": fp32, "int8": int8}
+    predictors = {name: onnx_predictor(open_session(path)) for name, path in paths.items()}
+    latencies = measure_latencies(predictors, inputs[:1])
+    on_val = {name: classify(predict, inputs, val.labels) for name, predict in predictors.items()}
+    on_test = {n: classify(predict, test.tensors(preprocessing), test.labels) for n, predict in predictors.items()}
+    measured = {name: _measure(paths[name], on_test[name], on_test["fp32"], latencies[name]) for name in paths}
+    extra = {"fp32": {"parity_max_abs_diff": parity}, "int8": {"calibration_photos": float(config.calibration)}}
+    verdicts = {"fp32": Verdict(True, ()), "int8": judge(measured["int8"], measured["fp32"])}
+    return {
+        name: Candidate(paths[name], on_test[name], on_val[name], latencies[name], verdicts[name], extra[name])
+        for name in paths
+    }
+
+
+def stack(photos: Photos, preprocessing: ClassificationPreprocessing) -> NDArray[np.float32]:
+    """`[N, 3, size, size]`: a part of the data as serving would see it."""
+    return np.stack(list(photos.tensors(preprocessing)))
+
+
+def choose_recipe(
+    source: Path, target: Path, calibration: NDArray[np.float32], inputs: NDArray[np.float32]
+) -> QuantizeRecipe:
+    """Writes `target` with the first recipe whose answers on validation agree with fp32 most; returns the recipe."""
+    labels = np.zeros(len(inputs), np.int64)
+    reference = classify(onnx_predictor(open_session(source)), inputs, labels)
+    best: tuple[float, QuantizeRecipe] | None = None
+    for recipe in RECIPES:
+        attempt = target.with_suffix(".attempt.onnx")
+        quantize_int8(source, attempt, calibration, recipe)
+        share = agreement(classify(onnx_predictor(open_session(attempt)), inputs, labels), reference)
+        LOG.info("int8 with %s: agrees with fp32 on %.4f of validation", recipe.name, share)
+        if best is None or share > best[0]:
+            best = (share, recipe)
+            attempt.replace(target)
+    assert best is not None
+    return best[1]
+
+
+def _measure(path: Path, test: Classification, reference: Classification, latency: Latency) -> Measured:
+    return Measured(test.accuracy, agreement(test, reference), path.stat().st_size, latency.p50_ms)
+
+
+def _manifest(config: ExportConfig, result: RunResult, candidates: dict[str, Candidate]) -> Manifest:
+    preprocessing = ClassificationPreprocessing()
+    shipped = {name: candidate for name, candidate in candidates.items() if candidate.verdict.ships}
+    return Manifest(
+        service="vision",
+        name=f"flowers-{config.model}",
+        version=config.version,
+        task="image-classification",
+        description=(
+            "Says which of five flowers a photo shows: daisy, dandelion, rose, sunflower or tulip. EfficientNet-Lite0 with "
+            "ImageNet weights, fine-tuned. It knows nothing else: a photo of anything else still gets one of the five."
+        ),
+        inputs=(TensorSpec("image", "float32", (-1, 3, preprocessing.size, preprocessing.size)),),
+        outputs=(TensorSpec("logits", "float32", (-1, len(LABELS))),),
+        variants={
+            name: describe_variant(c.path, FILES[name], c.test, c.val, candidates["fp32"].test, c.latency, c.extra)
+            for name, c in shipped.items()
+        },
+        preprocessing=preprocessing.to_dict(),
+        labels=LABELS,
+        opset=opset_of(candidates["fp32"].path),
+        training=training_record(result, config.run_folder.parent, candidates["fp32"].test, export_command(config)),
+    )
+
+
+def export_command(config: ExportConfig) -> str:
+    """The command line that exports this run again, without paths of the machine."""
+    words = ["python -m services.vision.training.export", f"--mode {config.mode}", f"--seed {config.seed}"]
+    default = ExportConfig()
+    for name in ("model", "version", "calibration"):
+        if getattr(config, name) != getattr(default, name):
+            words.append(f"--{name} {getattr(config, name)}")
+    return " ".join([*words, "--quick"] if config.quick else words)
+
+
+def main(config: ExportConfig) -> None:
+    """Publishes and says where."""
+    print(f"published {export(config)}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    main(tyro.cli(ExportConfig, description=__doc__))

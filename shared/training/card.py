@@ -1,0 +1,94 @@
+"""The model card, written from the manifest by program, so that its numbers cannot differ from it."""
+
+from __future__ import annotations
+
+from shared.artifacts import Manifest, TrainingRecord, Variant
+
+
+def render_card(manifest: Manifest) -> str:
+    """The card of a model version as Markdown (after Mitchell et al. 2019)."""
+    sections = [
+        f"# {manifest.name}, version {manifest.version}",
+        "Written from `manifest.json` by `shared.training.card`; a test compares the two. Do not edit.",
+        manifest.description,
+        "## Interface",
+        _interface(manifest),
+        "## Variants",
+        _variants(manifest),
+    ]
+    if manifest.training:
+        sections += ["## Training", _training(manifest.training)]
+    if manifest.training and manifest.training.baselines:
+        sections += ["## Against baselines", _baselines(manifest)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _interface(manifest: Manifest) -> str:
+    lines = [f"- Task: {manifest.task}; service `{manifest.service}`; ONNX opset {manifest.opset}."]
+    for kind, specs in (("Input", manifest.inputs), ("Output", manifest.outputs)):
+        lines += [f"- {kind} `{spec.name}`: {spec.dtype} {list(spec.shape)} (-1 is the batch)." for spec in specs]
+    if manifest.labels:
+        lines.append(f"- Labels, in order: {', '.join(manifest.labels)}.")
+    if manifest.preprocessing:
+        parameters = ", ".join(f"{name} {value}" for name, value in manifest.preprocessing.items())
+        lines.append(f"- Preprocessing: {parameters}.")
+    return "\n".join(lines)
+
+
+def _variants(manifest: Manifest) -> str:
+    names = list(manifest.variants)
+    rows = ["| | " + " | ".join(f"`{name}`" for name in names) + " |", "|---|" + "---:|" * len(names)]
+    rows.append(_row("file", [f"`{manifest.variants[name].file}`" for name in names]))
+    rows.append(_row("size (MB)", [f"{manifest.variants[name].bytes / 1e6:.2f}" for name in names]))
+    measures = dict.fromkeys(measure for name in names for measure in manifest.variants[name].metrics)
+    for measure in measures:
+        rows.append(_row(measure.replace("_", " "), [_number(manifest.variants[name], measure) for name in names]))
+    rows.append(_row("largest useful batch", [str(manifest.variants[name].max_batch) for name in names]))
+    rows.append(
+        _row("within its accuracy budget", ["yes" if manifest.variants[n].within_budget else "no" for n in names])
+    )
+    note = f"`auto` means `{manifest.auto_variant()}`. Latencies are milliseconds at batch 1 on one thread of: "
+    device = manifest.training.device if manifest.training else "the training machine"
+    return "\n".join(rows) + f"\n\n{note}{device}."
+
+
+def _row(title: str, cells: list[str]) -> str:
+    return f"| {title} | " + " | ".join(cells) + " |"
+
+
+def _number(variant: Variant, measure: str) -> str:
+    value = variant.metrics.get(measure)
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value == round(value) and abs(value) > 1 else f"{value:.4g}"
+
+
+def _training(record: TrainingRecord) -> str:
+    return "\n".join(
+        [
+            f"- Data: {record.data}",
+            f"- Licence of the data: {record.data_licence}",
+            f"- Command: `{record.command}`",
+            f"- Seed {record.seed}; {record.wall_seconds:.0f} s on {record.device}.",
+        ]
+    )
+
+
+def _baselines(manifest: Manifest) -> str:
+    record = manifest.training
+    assert record is not None
+    rows = ["| | accuracy |", "|---|---:|"]
+    rows += [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in record.baselines.items()]
+    rows += [
+        f"| **this model**, {name} | {variant.metrics['accuracy']:.4f} |"
+        for name, variant in manifest.variants.items()
+        if "accuracy" in variant.metrics
+    ]
+    for measure, spread in record.spread.items():
+        rows.append(f"| {measure} over the seeds: mean (min to max) | {_spread(spread)} |")
+    return "\n".join(rows)
+
+
+def _spread(spread: dict[str, float] | object) -> str:
+    values = dict(spread)  # type: ignore[call-overload]
+    return f"{values['mean']:.4f} ({values['min']:.4f} to {values['max']:.4f})"
