@@ -54,14 +54,15 @@ def _run(command: str, config: GatewayConfig, table: ServicesTable) -> int:
     if command == "validate":
         return validate(config, table)
     configure_json(config.log_level, service="gateway")
-    return uvloop.run(Supervisor(config, table).run())
+    code: int = uvloop.run(Supervisor(config, table).run())
+    return code
 
 
 def validate(config: GatewayConfig, table: ServicesTable) -> int:
     """Envoy's own check of the configuration; its exit code."""
     with tempfile.TemporaryDirectory(prefix="usagi-gateway-") as folder:
         path = write_configuration(Path(folder), config, table)
-        return subprocess.run([*envoy_command(path), "--mode", "validate"], check=False).returncode  # noqa: S603
+        return subprocess.run([*envoy_command(path), "--mode", "validate"], check=False).returncode
 
 
 if __name__ == "__main__":

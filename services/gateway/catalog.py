@@ -1,7 +1,7 @@
 """The catalog: what answers for the whole suite, beside Envoy and off the data path.
 
-Reflection of every domain's services, health of all of them, and one list of all models. Calls reach it when they name no
-domain, so a client that knows one address and no proto can find everything.
+Reflection of every domain's services, health of all of them, and one list of all models. Calls reach it when they
+name no domain, so a client that knows one address and no proto can find everything.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class Catalog:
         try:
             server.add_insecure_port(f"127.0.0.1:{self._config.catalog_port}")
         except RuntimeError as error:
+            address = f"127.0.0.1:{self._config.catalog_port}"
             raise ConfigurationError(
-                f"cannot listen on 127.0.0.1:{self._config.catalog_port}: is another gateway there? set USAGI_CATALOG_PORT"
+                f"cannot listen on {address}: is another gateway there? set USAGI_CATALOG_PORT"
             ) from error
         await self._health.set("", NOT_SERVING)
         for name in OWN_SERVICES:
@@ -92,7 +93,7 @@ def reflection_handlers(table: ServicesTable) -> list[grpc.GenericRpcHandler]:
     """Reflection under both of its names, from the descriptor set: no stub of any domain is imported."""
     pool = descriptor_pool.DescriptorPool()
     for file in descriptor_set().file:
-        pool.Add(file)  # type: ignore[no-untyped-call]
+        pool.Add(file)
     typed_services = [name for service in table.services.values() for name in service.grpc_services]
     servicer = reflection.aio.ReflectionServicer([*typed_services, *COMMON_SERVICES, *REFLECTION[:1]], pool=pool)
     handler = grpc.stream_stream_rpc_method_handler(

@@ -1,4 +1,4 @@
-"""What the catalog answers: models of all services together, and the Open Inference Protocol's questions about the server."""
+"""What the catalog answers: all services' models, and the Open Inference Protocol's questions about the server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MergedModelServicer(pb_grpc.ModelServiceServicer):
     def __init__(self, domains: Domains) -> None:
         self._domains = domains
 
-    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # type: ignore[override]
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         """One page of all models; domains that do not answer are left out and named in a trailer."""
         if not 0 <= request.page_size <= MAX_PAGE:
             raise InvalidInput("page_size", f"is {request.page_size}, expected 0 to {MAX_PAGE}")
@@ -42,7 +42,7 @@ class MergedModelServicer(pb_grpc.ModelServiceServicer):
         token = _token(page[-1]) if len(page) < len(rest) else ""
         return pb.ListModelsResponse(models=page, next_page_token=token)
 
-    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # type: ignore[override]
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         """The model, from whichever domain has one of that name."""
         if not request.name:
             raise InvalidInput("name", "is empty, expected the name of a model; ListModels lists them")
@@ -56,11 +56,11 @@ class MergedModelServicer(pb_grpc.ModelServiceServicer):
             raise Unreachable(f"model `{request.name}` is not in the domains that answer; {unreachable} do not")
         raise ModelNotFound("name", request.name, sorted({model.name for model in models}))
 
-    async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:  # type: ignore[override]
+    async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
         """Refuses: loading concerns one domain."""
         raise _needs_domain(self._domains)
 
-    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:  # type: ignore[override]
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
         """Refuses: unloading concerns one domain."""
         raise _needs_domain(self._domains)
 
@@ -71,34 +71,36 @@ class CatalogInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
     def __init__(self, domains: Domains) -> None:
         self._domains = domains
 
-    async def ServerLive(self, request: oip.ServerLiveRequest, context: Any) -> oip.ServerLiveResponse:  # type: ignore[override]
+    async def ServerLive(self, request: oip.ServerLiveRequest, context: Any) -> oip.ServerLiveResponse:
         """True: somebody answers."""
         return oip.ServerLiveResponse(live=True)
 
-    async def ServerReady(self, request: oip.ServerReadyRequest, context: Any) -> oip.ServerReadyResponse:  # type: ignore[override]
+    async def ServerReady(self, request: oip.ServerReadyRequest, context: Any) -> oip.ServerReadyResponse:
         """True if every domain serves."""
         return oip.ServerReadyResponse(ready=all(self._domains.serving.values()))
 
-    async def ServerMetadata(self, request: oip.ServerMetadataRequest, context: Any) -> oip.ServerMetadataResponse:  # type: ignore[override]
+    async def ServerMetadata(self, request: oip.ServerMetadataRequest, context: Any) -> oip.ServerMetadataResponse:
         """Name and version of the suite."""
         return oip.ServerMetadataResponse(name="usagi", version=importlib.metadata.version("usagi"))
 
-    async def ModelReady(self, request: oip.ModelReadyRequest, context: Any) -> oip.ModelReadyResponse:  # type: ignore[override]
+    async def ModelReady(self, request: oip.ModelReadyRequest, context: Any) -> oip.ModelReadyResponse:
         """Refuses: the domain is missing."""
         raise _needs_domain(self._domains)
 
-    async def ModelMetadata(self, request: oip.ModelMetadataRequest, context: Any) -> oip.ModelMetadataResponse:  # type: ignore[override]
+    async def ModelMetadata(self, request: oip.ModelMetadataRequest, context: Any) -> oip.ModelMetadataResponse:
         """Refuses: the domain is missing."""
         raise _needs_domain(self._domains)
 
-    async def ModelInfer(self, request: oip.ModelInferRequest, context: Any) -> oip.ModelInferResponse:  # type: ignore[override]
+    async def ModelInfer(self, request: oip.ModelInferRequest, context: Any) -> oip.ModelInferResponse:
         """Refuses: the domain is missing."""
         raise _needs_domain(self._domains)
 
 
 def _needs_domain(domains: Domains) -> InvalidInput:
     return InvalidInput(
-        SERVICE_HEADER, f"is not set, and this method needs a domain; {_say_which(domains.names)}", reason="DOMAIN_MISSING"
+        SERVICE_HEADER,
+        f"is not set, and this method needs a domain; {_say_which(domains.names)}",
+        reason="DOMAIN_MISSING",
     )
 
 

@@ -1,7 +1,7 @@
 """Descriptor set of everything the gateway speaks: `shared/gen/usagi.binpb`, and the protos that gRPC itself brings.
 
-Envoy transcodes with it, and needs google.rpc's error details in it to write a rich status as JSON. It travels inside the
-rendered configuration, so that one file is all that Envoy reads.
+Envoy transcodes with it, and needs google.rpc's error details in it to write a rich status as JSON. It travels inside
+the rendered configuration, so that one file is all that Envoy reads.
 """
 
 from __future__ import annotations

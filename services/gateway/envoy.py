@@ -1,4 +1,4 @@
-"""Renders Envoy's whole configuration, as JSON, from the table of services. README.md says why each setting is there."""
+"""Renders Envoy's whole configuration, as JSON, from the table of services. README.md says why it is as it is."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 Json = dict[str, Any]
 
 ADMIN_METHODS = (
@@ -59,7 +58,7 @@ def _transcoder(services: list[str], descriptors: str, max_json_bytes: int) -> J
 
 
 def _admin_rules(cors_origins: str) -> Json:
-    """Denies admin methods to callers from elsewhere, and to web pages of foreign origins that a local browser shows."""
+    """Denies admin methods to callers from elsewhere, and to foreign web pages that a local browser shows."""
     loopback = [
         {"direct_remote_ip": {"address_prefix": "127.0.0.0", "prefix_len": 8}},
         {"direct_remote_ip": {"address_prefix": "::1", "prefix_len": 128}},
@@ -83,5 +82,3 @@ def _admin_rules(cors_origins: str) -> Json:
 def _filter(name: str, message: str, **fields: Any) -> Json:
     kind = f"type.googleapis.com/envoy.extensions.filters.http.{name}.v3.{message}"
     return {"name": f"envoy.filters.http.{name}", "typed_config": {"@type": kind, **fields}}
-
-

@@ -1,8 +1,8 @@
 """What the gateway itself refuses, as google.rpc statuses: in trailers for gRPC and gRPC-Web, as the body for JSON.
 
 Envoy answers a refusal with bare text. Its `local_reply_config` can replace the text and add headers, and keeps a
-`grpc-status` that is already there. So each refusal below becomes one mapper for gRPC callers, with the serialised status
-in `grpc-status-details-bin`, and one for JSON callers, with the same status as JSON.
+`grpc-status` that is already there. So each refusal below becomes one mapper for gRPC callers, with the serialised
+status in `grpc-status-details-bin`, and one for JSON callers, with the same status as JSON.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def refusals(max_message_bytes: int) -> tuple[Refusal, ...]:
         Refusal(
             "UNAVAILABLE",
             "SERVICE_UNAVAILABLE",
-            "the service behind this method does not answer: it starts, has stopped or is overloaded; retry in a second",
+            "the service does not answer: it is starting, has stopped or is overloaded; retry in a second",
             flags=("UH", "UF", "UC", "UR", "UO", "LR", "LH", "NC", "OM", "URX", "UPE"),
             http=503,
             retry_seconds=1,

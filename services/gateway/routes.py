@@ -1,9 +1,9 @@
-"""Which call goes to which cluster.
+"""Which call goes to which cluster, the first that fits.
 
-    /usagi.<domain>.v1.*          the domain, by its path
-    header usagi-service: <name>  that domain; an unknown name goes to the catalog, which refuses it and lists the known
-    authority <domain> or <domain>.*   that domain
-    anything else                 the catalog
+1. `/usagi.<domain>.v1.*`: the domain, by its path.
+2. Header `usagi-service: <domain>`: that domain. An unknown name goes to the catalog, which refuses it and lists all.
+3. Authority `<domain>` or `<domain>.*`: that domain.
+4. Anything else: the catalog.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from shared.services_table import Service, ServicesTable
 
 CATALOG = "catalog"
 SERVICE_HEADER = "usagi-service"
+REQUEST_HEADERS = (
+    *("content-type", "x-grpc-web", "x-user-agent", "grpc-timeout"),
+    *(SERVICE_HEADER, "x-request-id", "traceparent"),
+)
+RESPONSE_HEADERS = ("grpc-status", "grpc-message", "grpc-status-details-bin", "x-request-id", "usagi-unreachable")
 BODY_SIZE_LIMIT = "envoy.filters.http.body_size_limit"
 
 Json = dict[str, Any]
@@ -81,8 +86,8 @@ def _cors_policy(origins: str) -> Json:
         "envoy.extensions.filters.http.cors.v3.CorsPolicy",
         allow_origin_string_match=[{"safe_regex": {"regex": origins}}],
         allow_methods="GET, POST, OPTIONS",
-        allow_headers=f"content-type, x-grpc-web, x-user-agent, grpc-timeout, {SERVICE_HEADER}, x-request-id, traceparent",
-        expose_headers="grpc-status, grpc-message, grpc-status-details-bin, x-request-id, usagi-unreachable",
+        allow_headers=", ".join(REQUEST_HEADERS),
+        expose_headers=", ".join(RESPONSE_HEADERS),
         max_age="3600",
     )
 

@@ -19,8 +19,8 @@ from services.gateway.catalog import Catalog
 from services.gateway.config import GatewayConfig
 from services.gateway.envoy import LOOPBACK, bootstrap
 from shared.errors import UsagiError
-from shared.serving.cpu import compute_threads
 from shared.services_table import ServicesTable
+from shared.serving.cpu import compute_threads
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,9 @@ class Supervisor:
         """One call to Envoy's admin interface."""
         reader, writer = await asyncio.open_connection(LOOPBACK, self._config.admin_port)
         try:
-            writer.write(f"{method} {path} HTTP/1.1\r\nhost: admin\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode())
+            writer.write(
+                f"{method} {path} HTTP/1.1\r\nhost: admin\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode()
+            )
             return (await asyncio.wait_for(reader.read(), 5.0)).decode(errors="replace")
         finally:
             writer.close()
@@ -152,6 +154,6 @@ async def _end(envoy: asyncio.subprocess.Process) -> None:
     envoy.terminate()
     try:
         await asyncio.wait_for(envoy.wait(), 5.0)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         envoy.kill()
         await envoy.wait()
