@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from google.protobuf import json_format
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from usagi.vision.v1 import vision_service_pb2 as pb
@@ -68,14 +69,14 @@ def _read(photos: dict[str, Path]) -> Iterator[tuple[str, bytes]]:
 
 
 def _print_table(results: list[tuple[Path, pb.ClassifyImagesResponse]]) -> None:
-    table = Table()
-    for heading in ("photo", "answer", "next", "model", "batch"):
-        table.add_column(heading)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("photo", "answer", "next", "variant"):
+        table.add_column(heading, overflow="fold")
     table.add_column("ms", justify="right")
     for path, answer in results:
         response = answer.response
         if not response.classifications:
-            table.add_row(path.name, "[red]error[/red]", "", "", "", "")
+            table.add_row(path.name, "[red]error[/red]", "", "", "")
             continue
         first, *rest = response.classifications
         info = response.info
@@ -83,9 +84,11 @@ def _print_table(results: list[tuple[Path, pb.ClassifyImagesResponse]]) -> None:
         table.add_row(
             path.name,
             f"[bold]{first.label}[/bold] {first.probability:.1%}",
-            ", ".join(f"{entry.label} {entry.probability:.1%}" for entry in rest[:2]),
-            f"{info.model} v{info.version} {info.variant}",
-            str(info.batch_size),
+            ", ".join(f"{entry.label} {entry.probability:.1%}" for entry in rest[:1]),
+            info.variant,
             f"{seconds * 1000:.1f}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    models = {f"{info.model} version {info.version}" for _, answer in results if (info := answer.response.info).model}
+    console.print(f"answered by {', '.join(sorted(models)) or 'nobody'}; ms is the server's own time", style="dim")

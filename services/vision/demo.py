@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import numpy.typing as npt
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from usagi.vision.v1 import vision_service_pb2 as pb
@@ -48,22 +49,23 @@ def run(target: str, out: Path, console: Console) -> None:
 
 
 def _print_answers(answers: dict[str, pb.ClassifyImageResponse], console: Console) -> None:
-    table = Table(title="ClassifyImages, one stream")
-    for heading in ("photo", "answer", "probability", "true class", "served by"):
-        table.add_column(heading)
+    table = Table(title="ClassifyImages: eight photos over one stream", box=box.SIMPLE_HEAD)
+    for heading in ("photo", "answer", "probability", "truth"):
+        table.add_column(heading, overflow="fold")
     for name in sorted(answers):
-        first, info = answers[name].classifications[0], answers[name].info
+        first = answers[name].classifications[0]
         truth = name.split("_")[0]
         verdict = "[green]right[/green]" if first.label == truth else "[red]wrong[/red]"
-        table.add_row(
-            name, first.label, f"{first.probability:.1%}", f"{truth} {verdict}", f"{info.model} {info.variant}"
-        )
+        table.add_row(name, first.label, f"{first.probability:.1%}", verdict)
+    info = next(iter(answers.values())).info
+    table.caption = f"answered by {info.model} version {info.version}, variant {info.variant}"
     console.print(table)
 
 
 def _print_timings(client: VisionClient, photo: bytes, console: Console) -> None:
-    table = Table(title=f"ClassifyImage through the gateway, one call at a time, median of {REPEATS}")
-    for heading in ("variant", "whole call ms", "decode + preprocess ms", "ONNX Runtime ms"):
+    title = f"ClassifyImage: one call at a time through the gateway, median of {REPEATS}, ms"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for heading in ("variant", "whole call", "decode + preprocess", "ONNX Runtime"):
         table.add_column(heading, justify="right")
     for variant in ("fp32", "int8"):
         selection = Selection(variant=variant)

@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from google.protobuf import json_format
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from usagi.model.v1 import model_service_pb2 as pb
 
 from shared.client.connection import DEFAULT_TARGET, DEFAULT_TIMEOUT, CallFailed, Connection
 from shared.client.models import ModelsClient
@@ -108,26 +110,32 @@ def _models(options: argparse.Namespace) -> int:
         for model in models:
             print(json.dumps(json_format.MessageToDict(model, preserving_proto_field_name=True)))
         return 0
-    table = Table(title="models")
-    for heading in ("service", "model", "version", "state", "variant", "accuracy", "p50 ms", "MB", "loaded"):
-        table.add_column(heading, justify="right" if heading in ("accuracy", "p50 ms", "MB") else "left")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("model", overflow="fold")
+    table.add_column("variant")
+    for heading in ("accuracy", "p50 ms", "MB"):
+        table.add_column(heading, justify="right")
+    table.add_column("state", overflow="fold")
     for model in models:
-        state = type(model).DESCRIPTOR.fields_by_name["state"].enum_type.values_by_number[model.state].name
-        shown = (model.service, model.name, model.version, state.removeprefix("MODEL_STATE_").lower())
+        state = pb.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower()
+        name = f"{model.service}/{model.name}:{model.version}"
         if not model.variants:
-            table.add_row(*shown, model.reason)
+            table.add_row(name, "", "", "", "", f"{state}: {model.reason}")
         for row, variant in enumerate(model.variants):
-            metrics = variant.metrics
             table.add_row(
-                *(shown if row == 0 else ("", "", "", "")),
+                name if row == 0 else "",
                 variant.name,
-                f"{metrics['accuracy']:.4f}" if "accuracy" in metrics else "",
-                f"{metrics['latency_p50_ms']:.1f}" if "latency_p50_ms" in metrics else "",
+                _figure(variant, "accuracy", 4),
+                _figure(variant, "latency_p50_ms", 1),
                 f"{variant.size_bytes / 1e6:.1f}",
-                "yes" if variant.loaded else "no",
+                f"{state}, in memory" if variant.loaded else state,
             )
     Console().print(table)
     return 0
+
+
+def _figure(variant: pb.Variant, metric: str, digits: int) -> str:
+    return f"{variant.metrics[metric]:.{digits}f}" if metric in variant.metrics else ""
 
 
 if __name__ == "__main__":

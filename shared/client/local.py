@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
+from shared.client.connection import SERVICE_HEADER
 from shared.errors import Unreachable
 from shared.services_table import ServicesTable, load_table
 
@@ -89,7 +90,7 @@ def _ports(table: ServicesTable, free: bool) -> dict[str, int]:
         return {name: opened.getsockname()[1] for name, opened in sockets.items()}
 
 
-def _start(stack: LocalStack, name: str, module: str, environment: dict[str, int] | dict[str, int | str]) -> None:
+def _start(stack: LocalStack, name: str, module: str, environment: Mapping[str, object]) -> None:
     variables = {key: str(value) for key, value in environment.items()}
     with (stack.logs / f"{name}.log").open("wb") as log:
         stack.processes[name] = subprocess.Popen(
@@ -110,13 +111,20 @@ def _wait_until_serving(stack: LocalStack) -> None:
                 if process.poll() is not None:
                     raise Unreachable(f"{name} ended with code {process.returncode}:\n{_tail(stack.logs, name)}")
             with contextlib.suppress(grpc.RpcError):
-                answer = health.Check(health_pb2.HealthCheckRequest(), timeout=2, wait_for_ready=True)
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                if all(_serves(health, name) for name in stack.addresses):
                     return
             if time.monotonic() > deadline:
                 tails = "\n".join(_tail(stack.logs, name) for name in stack.processes)
                 raise Unreachable(f"not every service is SERVING after {STARTUP_SECONDS:.0f} s:\n{tails}")
             time.sleep(0.05)
+
+
+def _serves(health: health_pb2_grpc.HealthStub, service: str) -> bool:
+    """Whether a service answers SERVING through the gateway, which sends calls only to what it has seen healthy."""
+    metadata = ((SERVICE_HEADER, service),)
+    answer = health.Check(health_pb2.HealthCheckRequest(), timeout=2, wait_for_ready=True, metadata=metadata)
+    serving: bool = answer.status == health_pb2.HealthCheckResponse.SERVING
+    return serving
 
 
 def _tail(logs: Path, name: str, lines: int = 8) -> str:

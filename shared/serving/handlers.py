@@ -105,8 +105,8 @@ def _unary(behaviour: Any, parse: Any, deserialize: Any, observer: CallObserver)
             record.finish(grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
-            record.fail(error)
-            return None
+            await record.fail(error)
+            raise
         record.finish(grpc.StatusCode.OK)
         return response
 
@@ -123,8 +123,8 @@ def _streaming(behaviour: Any, parse: Any, deserialize: Any, observer: CallObser
             record.finish(grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
-            record.fail(error)
-            return
+            await record.fail(error)
+            raise
         record.finish(grpc.StatusCode.OK)
 
     return call
@@ -142,8 +142,8 @@ class _CallRecord:
         context.set_trailing_metadata(((REQUEST_ID, self._id),))
         observer.inflight.inc()
 
-    def fail(self, error: Exception) -> None:
-        """Answers with the rich status of `error`."""
+    async def fail(self, error: Exception) -> None:
+        """Ends the call with the rich status of `error`, without a message: JSON transcoding relies on that."""
         if isinstance(error, grpc.aio.AbortError):  # the servicer set the status itself
             self.finish(self._context.code())
             return
@@ -152,10 +152,9 @@ class _CallRecord:
         if code is grpc.StatusCode.INTERNAL:
             log.error("unexpected error", exc_info=error, extra={"method": self._observer.method})
         rich = rpc_status.to_status(status)
-        self._context.set_code(rich.code)
-        self._context.set_details(rich.details)
-        self._context.set_trailing_metadata((*rich.trailing_metadata, (REQUEST_ID, self._id), *trailers_of(error)))
         self.finish(code, status.message)
+        trailers = (*rich.trailing_metadata, (REQUEST_ID, self._id), *trailers_of(error))
+        await self._context.abort(rich.code, rich.details, trailing_metadata=trailers)
 
     def finish(self, code: grpc.StatusCode, message: str = "") -> None:
         """Counts and logs the call."""
