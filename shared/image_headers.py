@@ -1,12 +1,14 @@
-"""What a picture's own bytes say about it, read without decoding: format, size, orientation, and whether it is all there.
+"""What a picture's own bytes say about it, read without decoding: format, size, orientation, and whether it is whole.
 
-Each format is checked against its end: JPEG's EOI marker, PNG's IEND chunk, the sizes in RIFF and BMP headers.
+Each format is checked against its end: JPEG's EOI marker, PNG's IEND chunk and checksums, the sizes in RIFF and BMP
+headers.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 ACCEPTED = "JPEG, PNG, WebP or BMP"
@@ -140,28 +142,77 @@ def _exif_orientation(tiff: bytes) -> int:
 
 # PNG (W3C recommendation, section 5): chunks of length, type, content, CRC, from IHDR to IEND.
 
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_PNG_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_INFLATE_STEP = 1 << 20
 
-def _read_png(data: bytes) -> ImageHeader:
-    position, width, height, orientation, pixels = 8, 0, 0, 1, False
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and content of each chunk up to IEND, with its CRC checked."""
+    position = len(_PNG_MAGIC)
     while True:
         if position + 8 > len(data):
             raise _truncated("the PNG's chunks")
         length, kind = struct.unpack_from(">I4s", data, position)
-        content = position + 8
-        if kind != b"IEND" and content + length + 4 > len(data):
-            raise _truncated(f"the PNG's {kind.decode('latin-1')} chunk")
+        if kind == b"IEND":
+            yield kind, b""
+            return
+        end = position + 8 + length
+        if end + 4 > len(data):
+            raise _truncated("one of the PNG's chunks")
+        if zlib.crc32(data[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise ImageFormatError("IMAGE_CORRUPT", "is a damaged PNG (a checksum fails); send the original file")
+        yield kind, data[position + 8 : end]
+        position = end + 4
+
+
+def _read_png(data: bytes) -> ImageHeader:
+    width, height, orientation, pixels = 0, 0, 1, False
+    for kind, content in _png_chunks(data):
         if kind == b"IHDR":
-            width, height = struct.unpack_from(">II", data, content)
+            width, height = struct.unpack_from(">II", content)
         elif kind == b"eXIf":
-            orientation = _exif_orientation(data[content : content + length])
-        elif kind == b"IDAT":
-            pixels = True
-        elif kind == b"IEND":
-            break
-        position = content + length + 4
+            orientation = _exif_orientation(content)
+        pixels = pixels or kind == b"IDAT"
     if not pixels:
         raise ImageFormatError("IMAGE_CORRUPT", "is a PNG without pixels (no IDAT chunk); send the original file")
     return ImageHeader("PNG", width, height, orientation)
+
+
+def plain_png(data: bytes) -> bytes:
+    """A PNG without what does not make its pixels, checked to inflate to all of them.
+
+    libpng writes its complaints, such as about colour profiles, straight to stderr, where no log filter sees them.
+
+    Raises:
+        ImageFormatError: IMAGE_CORRUPT.
+    """
+    kept = [(kind, content) for kind, content in _png_chunks(data) if kind in _PNG_NEEDED]
+    header = next((content for kind, content in kept if kind == b"IHDR"), b"")
+    if len(header) != 13 or header[9] not in _PNG_CHANNELS:
+        raise ImageFormatError("IMAGE_CORRUPT", "is a PNG with a senseless header; send the original file")
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    bits = width * depth * _PNG_CHANNELS[colour]
+    least = height * bits // 8 if interlaced else height * (1 + (bits + 7) // 8)  # with a filter byte for each row
+    if not _inflates_to(b"".join(content for kind, content in kept if kind == b"IDAT"), least):
+        raise ImageFormatError("IMAGE_CORRUPT", "is a PNG whose pixels are damaged; send the original file")
+    return _PNG_MAGIC + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in kept
+    )
+
+
+def _inflates_to(compressed: bytes, least: int) -> bool:
+    """Whether zlib data holds at least so many bytes; stops there, so that a bomb costs no more than the picture."""
+    inflater, total, rest = zlib.decompressobj(), 0, compressed
+    try:
+        while rest and not inflater.eof and total < least:
+            total += len(inflater.decompress(rest, _INFLATE_STEP))
+            rest = inflater.unconsumed_tail
+        return total >= least or total + len(inflater.flush()) >= least
+    except zlib.error:
+        return False
 
 
 # WebP (RFC 9649): RIFF chunks; the size lies in VP8X if there is one, else in VP8 or VP8L.
@@ -219,7 +270,7 @@ def _read_bmp(data: bytes) -> ImageHeader:
 
 _READERS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes], ImageHeader]], ...] = (
     (lambda data: data.startswith(b"\xff\xd8\xff"), _read_jpeg),
-    (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), _read_png),
+    (lambda data: data.startswith(_PNG_MAGIC), _read_png),
     (lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP", _read_webp),
     (lambda data: data[:2] == b"BM" and len(data) >= 26, _read_bmp),
 )

@@ -1,8 +1,9 @@
 """Bytes of a picture → RGB pixels, or an error that says what is wrong with them; numpy and OpenCV only.
 
-OpenCV's decoders are fast but trusting: they allocate whatever the header asks for, fill a truncated picture with grey, and
-drop transparency onto black. So the header is parsed here first (`shared/image_headers.py`), and the rest, such as
-orientation, transparency, CMYK and 16 bits, is made explicit.
+OpenCV's decoders are fast but trusting: they allocate whatever the header asks for, fill a truncated picture with grey,
+and drop transparency. So the header is parsed here first (`shared/image_headers.py`), and the rest, such as
+orientation, transparency, CMYK and 16 bits, is made explicit. One thing cannot be had: libjpeg writes a line to stderr
+when the compressed pixels of a JPEG are damaged.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import InvalidInput
-from shared.image_headers import ImageFormatError, ImageHeader, read_header
+from shared.image_headers import ImageFormatError, ImageHeader, plain_png, read_header
 
 MAX_PIXELS = 40_000_000
 """Default limit of width times height; 120 MB decoded."""
@@ -38,7 +39,8 @@ def decode_image(data: bytes, *, field: str = "image", max_pixels: int = MAX_PIX
         InvalidInput: reason IMAGE_EMPTY, IMAGE_FORMAT_UNKNOWN, IMAGE_TRUNCATED, IMAGE_TOO_LARGE or IMAGE_CORRUPT.
     """
     try:
-        header = read_header(bytes(data))
+        data = bytes(data)
+        header = read_header(data)
         if header.width * header.height > max_pixels:
             raise ImageFormatError(
                 "IMAGE_TOO_LARGE",
@@ -53,8 +55,9 @@ def decode_image(data: bytes, *, field: str = "image", max_pixels: int = MAX_PIX
 def _decode(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
     """`[H, W, 3]` RGB as stored, before orientation."""
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION if header.format == "JPEG" else cv2.IMREAD_UNCHANGED
+    content = plain_png(data) if header.format == "PNG" else data
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except (cv2.error, MemoryError) as error:
         raise ImageFormatError("IMAGE_CORRUPT", f"is a damaged {header.format}; send the original file") from error
     if pixels is None or pixels.size == 0:
