@@ -4,6 +4,7 @@ import queue
 import subprocess
 import sys
 import threading
+import zlib
 
 import cv2
 import grpc
@@ -114,9 +115,9 @@ def test_every_bad_request_has_its_own_typed_error(client, image, selection, cod
 
 
 def test_bomb_is_refused_by_its_header(client):
-    header = encode(RED, ".png")
-    width_and_height = (20_000).to_bytes(4, "big") * 2
-    error = failing(client, header[:16] + width_and_height + header[24:])
+    picture = encode(RED, ".png")
+    head = b"IHDR" + (20_000).to_bytes(4, "big") * 2 + picture[24:29]
+    error = failing(client, picture[:12] + head + zlib.crc32(head).to_bytes(4, "big") + picture[33:])
     assert (error.reason, list(error.fields)) == ("IMAGE_TOO_LARGE", ["image"])
     assert "20000x20000" in error.message
 
