@@ -112,10 +112,17 @@ def _connection_manager(config: GatewayConfig, table: ServicesTable) -> Json:
 
 
 def _access_log() -> Json:
-    """One JSON line on stdout for each call that failed; each service logs its own calls."""
+    """One JSON line on stdout for each call that failed; each service logs its own calls.
+
+    The status of a gRPC-Web call lies in its body, unseen; of those only the HTTP errors are logged.
+    """
+    http_error = {"comparison": {"op": "GE", "value": {"default_value": 400, "runtime_key": "gateway.log_from_status"}}}
+    not_web = {"header": {"name": "x-grpc-web", "present_match": True, "invert_match": True}}
+    grpc_error = [{"grpc_status_filter": {"statuses": ["OK"], "exclude": True}}, {"header_filter": not_web}]
+    failed = [{"status_code_filter": http_error}, {"and_filter": {"filters": grpc_error}}]
     return {
         "name": "envoy.access_loggers.stdout",
-        "filter": {"grpc_status_filter": {"statuses": ["OK"], "exclude": True}},
+        "filter": {"or_filter": {"filters": failed}},
         "typed_config": _typed(
             "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog", log_format={"json_format": ACCESS_LOG}
         ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from services.gateway.strict import lua_script
+
 Json = dict[str, Any]
 
 ADMIN_METHODS = (
@@ -19,7 +21,7 @@ FRAME_BYTES = 5
 def http_filters(
     *, services: list[str], descriptors: str, cors_origins: str, max_message_bytes: int, max_json_bytes: int
 ) -> list[Json]:
-    """All filters: origin check, roles, gRPC-Web and JSON to gRPC, size limit, statistics, router.
+    """All filters: origin check, gRPC-Web to gRPC, roles, strict JSON, JSON to gRPC, size limit, statistics, router.
 
     Args:
         services: full names of the services that JSON can call.
@@ -30,11 +32,12 @@ def http_filters(
     """
     return [
         _filter("cors", "Cors"),
-        _filter("rbac", "RBAC", rules=_admin_rules(cors_origins)),
         _filter("grpc_web", "GrpcWeb"),
+        _filter("rbac", "RBAC", rules=_admin_rules(cors_origins)),
+        _filter("lua", "Lua", default_source_code={"inline_string": lua_script(services, max_message_bytes)}),
         _filter("grpc_json_transcoder", "GrpcJsonTranscoder", **_transcoder(services, descriptors, max_json_bytes)),
         # after the transcoder, so that it measures the message and not its JSON
-        {**_filter("body_size_limit", "BodySizeLimit", max_request_bytes=max_message_bytes + FRAME_BYTES)},
+        _filter("body_size_limit", "BodySizeLimit", max_request_bytes=max_message_bytes + FRAME_BYTES),
         _filter("grpc_stats", "FilterConfig", stats_for_all_methods=False, enable_upstream_stats=True),
         _filter("router", "Router"),
     ]

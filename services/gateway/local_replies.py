@@ -1,8 +1,8 @@
 """What the gateway itself refuses, as google.rpc statuses: in trailers for gRPC and gRPC-Web, as the body for JSON.
 
 Envoy answers a refusal with bare text. Its `local_reply_config` can replace the text and add headers, and keeps a
-`grpc-status` that is already there. So each refusal below becomes one mapper for gRPC callers, with the serialised
-status in `grpc-status-details-bin`, and one for JSON callers, with the same status as JSON.
+`grpc-status` that is already there. So each refusal below becomes a mapper for gRPC and one for gRPC-Web, with the
+serialised status in `grpc-status-details-bin`, and one for JSON, with the same status as the body.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shared.errors import DOMAIN
 GATEWAY_DOMAIN = f"gateway.{DOMAIN}"
 ORIGINAL_PATH = "x-envoy-original-path"
 """The transcoder sets it on the requests that it turned from JSON into gRPC."""
+WEB_TYPE = "application/grpc-web+proto"
 
 Json = dict[str, Any]
 
@@ -52,13 +53,7 @@ class Refusal:
 def refusals(max_message_bytes: int) -> tuple[Refusal, ...]:
     """All kinds; the first that fits is taken."""
     return (
-        Refusal(
-            "RESOURCE_EXHAUSTED",
-            "MESSAGE_TOO_LARGE",
-            f"the message is over the limit of {max_message_bytes} bytes; send a smaller one",
-            status=413,
-            http=413,
-        ),
+        too_large(max_message_bytes),
         Refusal(
             "PERMISSION_DENIED",
             "ADMIN_ONLY",
@@ -70,7 +65,7 @@ def refusals(max_message_bytes: int) -> tuple[Refusal, ...]:
             "DEADLINE_EXCEEDED",
             "DEADLINE_PASSED",
             "the deadline passed before the service answered",
-            flags=("UT", "DT", "UMSDR", "SI"),
+            status=504,
             http=504,
         ),
         Refusal(
@@ -106,11 +101,17 @@ def refusals(max_message_bytes: int) -> tuple[Refusal, ...]:
     )
 
 
+def too_large(max_message_bytes: int) -> Refusal:
+    """A message over the limit."""
+    message = f"the message is over the limit of {max_message_bytes} bytes; send a smaller one"
+    return Refusal("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE", message, status=413, http=413)
+
+
 def local_reply_config(max_message_bytes: int) -> Json:
     """Envoy's `local_reply_config`."""
     kinds = refusals(max_message_bytes)
     return {
-        "mappers": [*(_grpc_mapper(kind) for kind in kinds), *(_json_mapper(kind) for kind in kinds)],
+        "mappers": [mapper(kind) for mapper in (_web_mapper, _grpc_mapper, _json_mapper) for kind in kinds],
         "body_format": {"text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"}},
     }
 
@@ -142,6 +143,18 @@ def _grpc_mapper(kind: Refusal) -> Json:
     }
 
 
+def _web_mapper(kind: Refusal) -> Json:
+    """For gRPC-Web, whose filter would make its own grpc-status of an HTTP status other than 200."""
+    mapper = _grpc_mapper(kind)
+    headers = [*mapper["headers_to_add"], _header("grpc-message", kind.message), _header("content-type", WEB_TYPE)]
+    return {
+        "filter": _all_of(_matches(kind), _has_header("x-grpc-web")),
+        "status_code": 200,
+        "headers_to_add": headers,
+        "body_format_override": {"text_format_source": {"inline_string": ""}},
+    }
+
+
 def _json_mapper(kind: Refusal) -> Json:
     message = "%LOCAL_REPLY_BODY%" if kind.verbatim else kind.message
     details: list[Json] = [
@@ -167,8 +180,11 @@ def _matches(kind: Refusal) -> Json:
 def _from_grpc_caller() -> Json:
     """gRPC or gRPC-Web: by content type, unless the transcoder made it so."""
     grpc_type = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
-    transcoded = {"name": ORIGINAL_PATH, "present_match": True, "invert_match": True}
-    return _all_of({"header_filter": {"header": grpc_type}}, {"header_filter": {"header": transcoded}})
+    return _all_of({"header_filter": {"header": grpc_type}}, _has_header(ORIGINAL_PATH, invert=True))
+
+
+def _has_header(name: str, *, invert: bool = False) -> Json:
+    return {"header_filter": {"header": {"name": name, "present_match": True, "invert_match": invert}}}
 
 
 def _all_of(first: Json, second: Json) -> Json:

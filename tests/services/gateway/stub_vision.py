@@ -31,7 +31,10 @@ class StubVision(pb_grpc.VisionServiceServicer):
         if request.model == "sleep":
             time.sleep(3)
         metadata = dict(context.invocation_metadata())
-        values = {"bytes": str(len(request.image)), **{key: metadata.get(key, "") for key in ("x-request-id", "traceparent")}}
+        values = {
+            "bytes": str(len(request.image)),
+            **{key: metadata.get(key, "") for key in ("x-request-id", "traceparent")},
+        }
         labels = [pb.Classification(label=f"{key}={value}", probability=0.5) for key, value in values.items()]
         return pb.ClassifyImageResponse(classifications=labels, info=models.InferenceInfo(model=request.model))
 
