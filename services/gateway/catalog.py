@@ -31,7 +31,7 @@ class Catalog:
     """The catalog's server.
 
     Args:
-        config: where it listens and where the services are.
+        config: where it and Envoy listen.
         table: the services.
     """
 
@@ -43,12 +43,12 @@ class Catalog:
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
-        """Listens on loopback and follows the services' health.
+        """Listens on loopback, and follows the services' health.
 
         Raises:
             ConfigurationError: the port is taken.
         """
-        self._domains = Domains(self._config.addresses, self._limit)
+        self._domains = Domains(list(self._table.services), self._config.reachable_at, self._limit)
         server = self._server = grpc.aio.server(
             interceptors=[CatalogInterceptor(self._domains.names)],
             options=[("grpc.max_receive_message_length", self._limit), ("grpc.so_reuseport", 0)],
@@ -78,13 +78,14 @@ class Catalog:
         await self._health.set("", SERVING if all(self._domains.serving.values()) else NOT_SERVING)
 
     async def drain(self) -> None:
-        """Says NOT_SERVING for everything."""
+        """Says NOT_SERVING for everything, and stops asking, so that its own calls do not count as running."""
         await self._health.enter_graceful_shutdown()
+        if self._domains is not None:
+            await self._domains.close()
 
     async def stop(self) -> None:
         """Ends the server and its connections."""
-        if self._domains is not None:
-            await self._domains.close()
+        await self.drain()
         if self._server is not None:
             await self._server.stop(1.0)
 

@@ -55,6 +55,12 @@ class GatewayConfig:
     log_level: str = "INFO"
     addresses: Mapping[str, Address] = field(default_factory=dict)
 
+    @property
+    def reachable_at(self) -> Address:
+        """Where processes of the same machine find the public listener."""
+        anywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104
+        return Address(anywhere.get(self.gateway_host, self.gateway_host), self.gateway_port)
+
     def __post_init__(self) -> None:
         problems = [
             f"USAGI_{name.upper()}={getattr(self, name)} is not a port, 1 to 65535"

@@ -1,11 +1,15 @@
-"""The catalog's connections to the services: their health as it changes, and their models on demand."""
+"""What the catalog knows of the services: their health as it changes, and their models on demand.
+
+It asks through the gateway, like any caller. So SERVING means that a call by the gateway arrives, and not only that the
+service is up, of which Envoy learns at its next health check.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -15,6 +19,7 @@ from usagi.model.v1 import model_service_pb2 as pb
 from usagi.model.v1 import model_service_pb2_grpc as pb_grpc
 
 from services.gateway.config import Address
+from services.gateway.routes import SERVICE_HEADER
 
 log = logging.getLogger(__name__)
 
@@ -30,42 +35,38 @@ HealthListener = Callable[[str, bool], Awaitable[None]]
 
 
 class Domains:
-    """Channels to all services.
+    """All domains, behind one channel to the gateway.
 
     Args:
-        addresses: where each domain is.
+        names: the domains.
+        gateway: where Envoy listens.
         max_message_bytes: limit of one message.
     """
 
-    def __init__(self, addresses: Mapping[str, Address], max_message_bytes: int) -> None:
+    def __init__(self, names: Sequence[str], gateway: Address, max_message_bytes: int) -> None:
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 1000),  # the default, 2 minutes, would hide a restarted service
-            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.max_reconnect_backoff_ms", 1000),
             ("grpc.enable_http_proxy", 0),
         ]
-        self._channels = {
-            name: grpc.aio.insecure_channel(str(address), options=options) for name, address in addresses.items()
-        }
-        self.serving = dict.fromkeys(addresses, False)
+        self.names = tuple(names)
+        self.serving = dict.fromkeys(names, False)
+        self._channel = grpc.aio.insecure_channel(str(gateway), options=options)
         self._watchers: list[asyncio.Task[None]] = []
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All domains, in the table's order."""
-        return tuple(self._channels)
 
     def watch(self, listener: HealthListener) -> None:
         """Follows the health of every domain from now on."""
-        self._watchers = [asyncio.create_task(self._follow(name, listener)) for name in self._channels]
+        self._watchers = [asyncio.create_task(self._follow(name, listener)) for name in self.names]
 
     async def _follow(self, name: str, listener: HealthListener) -> None:
-        stub = health_pb2_grpc.HealthStub(self._channels[name])
+        stub = health_pb2_grpc.HealthStub(self._channel)
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
-                async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
+                async for answer in stub.Watch(health_pb2.HealthCheckRequest(), metadata=_to(name)):
                     await self._say(name, answer.status == SERVING, listener)
+                    if answer.status != SERVING:
+                        break  # another replica may be well: ask again
             await self._say(name, False, listener)
             await asyncio.sleep(RETRY_SECONDS)
 
@@ -77,18 +78,18 @@ class Domains:
 
     async def list_models(self, metadata: Any) -> tuple[list[pb.Model], list[str]]:
         """The models of all domains, and the domains that did not answer."""
-        answers = await asyncio.gather(*(self._models_of(name, metadata) for name in self._channels))
+        answers = await asyncio.gather(*(self._models_of(name, metadata) for name in self.names))
         models = [model for answer in answers if answer is not None for model in answer]
-        unreachable = [name for name, answer in zip(self._channels, answers, strict=True) if answer is None]
+        unreachable = [name for name, answer in zip(self.names, answers, strict=True) if answer is None]
         return models, unreachable
 
     async def _models_of(self, name: str, metadata: Any) -> list[pb.Model] | None:
-        stub = pb_grpc.ModelServiceStub(self._channels[name])
+        stub = pb_grpc.ModelServiceStub(self._channel)
         models: list[pb.Model] = []
         request = pb.ListModelsRequest(page_size=PAGE_SIZE)
         try:
             while True:
-                page = await stub.ListModels(request, timeout=CALL_SECONDS, metadata=metadata)
+                page = await stub.ListModels(request, timeout=CALL_SECONDS, metadata=_to(name, *metadata))
                 models.extend(page.models)
                 if not page.next_page_token:
                     return models
@@ -99,12 +100,16 @@ class Domains:
 
     async def get_model(self, name: str, request: pb.GetModelRequest, metadata: Any) -> pb.GetModelResponse:
         """Asks one domain for a model; its error passes on as it is."""
-        stub = pb_grpc.ModelServiceStub(self._channels[name])
-        return await stub.GetModel(request, timeout=CALL_SECONDS, metadata=metadata)
+        stub = pb_grpc.ModelServiceStub(self._channel)
+        return await stub.GetModel(request, timeout=CALL_SECONDS, metadata=_to(name, *metadata))
 
     async def close(self) -> None:
-        """Ends the watching and closes the channels."""
+        """Ends the watching and closes the channel."""
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
-        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+        await self._channel.close()
+
+
+def _to(name: str, *metadata: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+    return ((SERVICE_HEADER, name), *metadata)

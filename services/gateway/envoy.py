@@ -114,15 +114,18 @@ def _connection_manager(config: GatewayConfig, table: ServicesTable) -> Json:
 def _access_log() -> Json:
     """One JSON line on stdout for each call that failed; each service logs its own calls.
 
-    The status of a gRPC-Web call lies in its body, unseen; of those only the HTTP errors are logged.
+    The status of a gRPC-Web call lies in its body, unseen; of those only the HTTP errors are logged. Health checks are
+    left out: the catalog asks for the health of absent services twice a second.
     """
     http_error = {"comparison": {"op": "GE", "value": {"default_value": 400, "runtime_key": "gateway.log_from_status"}}}
     not_web = {"header": {"name": "x-grpc-web", "present_match": True, "invert_match": True}}
     grpc_error = [{"grpc_status_filter": {"statuses": ["OK"], "exclude": True}}, {"header_filter": not_web}]
     failed = [{"status_code_filter": http_error}, {"and_filter": {"filters": grpc_error}}]
+    health = {"header": {"name": ":path", "string_match": {"prefix": "/grpc.health."}, "invert_match": True}}
+    both = [{"or_filter": {"filters": failed}}, {"header_filter": health}]
     return {
         "name": "envoy.access_loggers.stdout",
-        "filter": {"or_filter": {"filters": failed}},
+        "filter": {"and_filter": {"filters": both}},
         "typed_config": _typed(
             "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog", log_format={"json_format": ACCESS_LOG}
         ),

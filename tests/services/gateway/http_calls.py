@@ -9,6 +9,7 @@ from grpc_status import rpc_status
 
 CLASSIFY = "/usagi.vision.v1.VisionService/ClassifyImage"
 LIST_MODELS = "/usagi.model.v1.ModelService/ListModels"
+INFER = "/inference.GRPCInferenceService/ModelInfer"
 LOAD_MODEL = "/usagi.model.v1.ModelService/LoadModel"
 
 

@@ -14,7 +14,16 @@ from usagi.model.v1 import model_service_pb2_grpc as models_grpc
 from usagi.vision.v1 import vision_service_pb2 as pb
 from usagi.vision.v1 import vision_service_pb2_grpc as pb_grpc
 
-from tests.services.gateway.http_calls import CLASSIFY, LOAD_MODEL, call_json, call_web, details_of, error_of
+from tests.services.gateway.http_calls import (
+    CLASSIFY,
+    INFER,
+    LIST_MODELS,
+    LOAD_MODEL,
+    call_json,
+    call_web,
+    details_of,
+    error_of,
+)
 
 LIMIT = 16 * 1024 * 1024
 VISION = (("usagi-service", "vision"),)
@@ -57,6 +66,49 @@ def test_broken_json(gateway, body, said):
     assert said in error["message"].lower()
     assert error["details"][0]["reason"] == "INVALID_JSON"
     assert error["details"][0]["domain"] == "gateway.usagi.dev"
+
+
+UNKNOWN_FIELDS = [
+    (CLASSIFY, {"nope": 1}, "nope"),
+    (CLASSIFY, {"image": "YQ==", "topk": 3}, "topk"),
+    (CLASSIFY, r'{ "image" : "a\\" , "no\"pe" : {} }', r"no\"pe"),
+    (INFER, {"inputs": [{"name": "x"}, {"name": "y", "kind": "FP32"}]}, "inputs.kind"),
+    (INFER, {"inputs": [{"contents": {"fp64": [1]}}]}, "inputs.contents.fp64"),
+    (INFER, {"parameters": {"any": {"float_param": 1}}}, "parameters.any.float_param"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field"), UNKNOWN_FIELDS)
+def test_unknown_json_field(gateway, path, body, field):
+    status, _, answer = call_json(gateway.port, path, body)
+    error = json.loads(answer)
+    assert status == 400
+    assert f"has no field `{field}`" in error["message"]
+    assert error["code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+
+
+KNOWN_FIELDS = [
+    (CLASSIFY, {"image": "YQ==", "topK": 3}),
+    (CLASSIFY, {"image": "YQ==", "top_k": 3, "model": 'a "quoted" \\ {name}'}),
+    (CLASSIFY, " {\n} "),
+    (CLASSIFY, ""),
+    (LIST_MODELS, '{"page_size":1,"pageToken":""}'),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), KNOWN_FIELDS)
+def test_known_json_fields_pass(gateway, path, body):
+    assert call_json(gateway.port, path, body)[0] == 200
+
+
+def test_maps_and_nested_messages_pass(gateway):
+    body = {
+        "model_name": "m",
+        "parameters": {"priority": {"int64_param": 1}, "inputs": {"stringParam": "x"}},
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": ["1", 2], "contents": {"fp32Contents": [1.5, -2e3]}}],
+    }
+    status, _, answer = call_json(gateway.port, INFER, body)
+    assert (status, json.loads(answer)["details"][0]["reason"]) == (400, "DOMAIN_MISSING")  # it reached the catalog
 
 
 def test_unknown_query_parameter(gateway):
