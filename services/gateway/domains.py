@@ -7,7 +7,6 @@ service is up, of which Envoy learns at its next health check.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from services.gateway.routes import SERVICE_HEADER
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
+WATCH_SECONDS = 10.0
 CALL_SECONDS = 2.0
 PAGE_SIZE = 1000
 
@@ -62,11 +62,17 @@ class Domains:
     async def _follow(self, name: str, listener: HealthListener) -> None:
         stub = health_pb2_grpc.HealthStub(self._channel)
         while True:
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                async for answer in stub.Watch(health_pb2.HealthCheckRequest(), metadata=_to(name)):
-                    await self._say(name, answer.status == SERVING, listener)
-                    if answer.status != SERVING:
+            answered = False
+            try:
+                request = health_pb2.HealthCheckRequest()
+                async for answer in stub.Watch(request, timeout=WATCH_SECONDS, metadata=_to(name)):
+                    answered = answer.status == SERVING
+                    await self._say(name, answered, listener)
+                    if not answered:
                         break  # another replica may be well: ask again
+            except grpc.aio.AioRpcError as error:
+                if answered and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    continue  # all is well; a new stream finds out whether the replica still answers
             await self._say(name, False, listener)
             await asyncio.sleep(RETRY_SECONDS)
 

@@ -16,6 +16,7 @@ from usagi.model.v1 import model_service_pb2_grpc as models_grpc
 from usagi.vision.v1 import vision_service_pb2 as pb
 from usagi.vision.v1 import vision_service_pb2_grpc as pb_grpc
 
+from shared.serving.probe import OTHER_CODE, SERVING_CODE, probe
 from tests.services.gateway.http_calls import CLASSIFY, call_json, call_web, details_of, error_of
 from tests.services.gateway.processes import running_gateway, stub, wait_for_health
 
@@ -108,6 +109,12 @@ def test_the_gateway_ends_when_envoy_dies():
             request = urllib.request.Request(f"http://127.0.0.1:{gateway.admin_port}/quitquitquit", method="POST")
             urllib.request.urlopen(request, timeout=5).close()
         assert gateway.process.wait(10) == 1
+
+
+def test_probe_works_through_envoy(gateway):
+    assert probe("127.0.0.1", gateway.port) == SERVING_CODE
+    assert probe("127.0.0.1", gateway.port, "usagi.model.v1.ModelService") == SERVING_CODE
+    assert probe("127.0.0.1", gateway.port, "usagi.nobody.v1.NobodyService") == OTHER_CODE
 
 
 def test_one_line_says_ready_and_nothing_warns():
