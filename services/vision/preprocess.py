@@ -62,7 +62,8 @@ class ClassificationPreprocessing:
             raise ConfigurationError(
                 f"manifest's preprocessing has {sorted(raw)}, expected {sorted(expected)}; publish the model again"
             )
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
+        return cls(**values)
 
 
 def preprocess(rgb: NDArray[np.uint8], config: ClassificationPreprocessing) -> NDArray[np.float32]:
@@ -77,7 +78,8 @@ def preprocess(rgb: NDArray[np.uint8], config: ClassificationPreprocessing) -> N
 def resize_and_crop(rgb: NDArray[np.uint8], config: ClassificationPreprocessing) -> NDArray[np.uint8]:
     """`[H, W, 3]` → `[size, size, 3]` uint8: short side to `resize_side`, then the middle square.
 
-    The square is cut first, in the picture's own pixels, and then resized: the same area as the other order, at less work.
+    The square is cut first, in the picture's own pixels, and then resized: the same area as in the other order, at less
+    work.
     """
     height, width = rgb.shape[:2]
     side = max(1, round(min(height, width) * config.size / config.resize_side))

@@ -2,11 +2,12 @@
 
 The official `flower_photos.tgz` holds 3,670 JPEGs of up to 500 pixels in one folder a class. Ours is a zip of
 `<class>/<id>.jpg` whose short side is at most 224 pixels, a quarter of the size. The mirror at hand here holds 3,306 of
-them; its photos were scaled by another program, so a converted archive has the same members but other bytes, and a model
-trained on it may differ by a photo or two.
+them, and only those stand in `flowers_split.csv`; the others are left alone. Its photos were scaled by another program,
+so a converted archive has other bytes, and a model trained on it may answer a few photos differently.
 
-Fetching from the official home could not be run where this was written, for want of a network: the conversion is tested on
-a tiny archive of the same layout, served on the loopback.
+Fetching from the official home could not be run where this was written, for want of a network: the conversion is tested
+on a tiny archive of the same layout, served on the loopback. The official archive's SHA-256 is the one that TensorFlow
+Datasets publishes (`url_checksums/tf_flowers.txt`).
 """
 
 from __future__ import annotations

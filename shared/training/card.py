@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from shared.artifacts import Manifest, TrainingRecord, Variant
 
 
@@ -89,6 +91,5 @@ def _baselines(manifest: Manifest) -> str:
     return "\n".join(rows)
 
 
-def _spread(spread: dict[str, float] | object) -> str:
-    values = dict(spread)  # type: ignore[call-overload]
-    return f"{values['mean']:.4f} ({values['min']:.4f} to {values['max']:.4f})"
+def _spread(spread: Mapping[str, float]) -> str:
+    return f"{spread['mean']:.4f} ({spread['min']:.4f} to {spread['max']:.4f})"

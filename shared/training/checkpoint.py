@@ -1,7 +1,8 @@
 """Checkpoints from which a killed run continues bit by bit.
 
 A checkpoint holds everything the next step depends on: weights, optimiser, weight average, the states of the random
-generators, and the position inside the epoch. It is written atomically, so a kill at any moment leaves the last one whole.
+generators, and the position inside the epoch. It is written atomically, so a kill at any moment leaves the last one
+whole.
 The learning rate is a function of the step number and needs no state.
 """
 
@@ -25,7 +26,7 @@ FORMAT = 1
 
 @dataclass
 class Progress:
-    """Where a run stands: `step` batches of `epoch` are done (both from 0), `best_*` is the best epoch on validation."""
+    """Where a run stands: `step` batches of `epoch` (from 0) are done; `best_*` is the best epoch on validation."""
 
     epoch: int = 0
     step: int = 0
@@ -70,7 +71,8 @@ def load_checkpoint(path: Path, *, fingerprint: str) -> tuple[dict[str, Any], Pr
         raise ConfigurationError(f"{path} has format {state['format']}, expected {FORMAT}; start the run afresh")
     if state["fingerprint"] != fingerprint:
         raise ConfigurationError(
-            f"{path} belongs to a run with another configuration:\n  there: {state['fingerprint']}\n  here:  {fingerprint}\n"
+            f"{path} belongs to a run with another configuration:\n"
+            f"  there: {state['fingerprint']}\n  here:  {fingerprint}\n"
             "use another output folder, or delete the old one"
         )
     _restore_random_state(state["random"])

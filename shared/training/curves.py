@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 
 
 def draw_curves(folder: Path, *, title: str) -> Path:
-    """Draws `metrics.jsonl` of a run as `curves.png`: losses left, all other measures right. Returns the picture's path."""
+    """Draws a run's `metrics.jsonl` as `curves.png`, losses left, all other measures right; returns the path."""
     log = read_log(folder)
     epochs = [line["epoch"] for line in log]
     names = [name for name in log[0] if name not in ("epoch", "wall_seconds")]

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights (Polyak averaging): smoother than the last step, at the cost of one copy."""
+"""Exponential moving average of the weights (Polyak averaging): smoother than the last step, for one copy."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class WeightAverage:
         self.updates += 1
         for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(weight.detach(), 1 - decay)
-        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
+        for kept, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            kept.copy_(buffer)

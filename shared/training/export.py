@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     folded = copy.deepcopy(model).eval()
     for parent in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
         names = list(parent._modules)
-        for name, following in zip(names, names[1:], strict=False):
+        for name, following in itertools.pairwise(names):
             convolution, norm = parent._modules[name], parent._modules[following]
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 parent._modules[name] = fuse_conv_bn_eval(convolution, norm)
@@ -62,7 +63,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, input_name: st
         raise ConfigurationError(
             f"example has batch {example.shape[0]}, expected 2 or more; the exporter specialises on 1"
         )
-    folded = fold_batch_norm(model).to(memory_format=torch.contiguous_format)
+    folded = fold_batch_norm(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")  # deprecations inside the exporter, none of which a caller can mend
         torch.onnx.export(

@@ -1,7 +1,7 @@
 """The fit loop: one for every model of the suite.
 
-It owns what must not be written twice: the cosine schedule, the weight average, selection on validation, checkpoints and
-resuming, the log, the progress bar. A task brings its model, its batches, its loss and its score.
+It owns what must not be written twice: the cosine schedule, the weight average, selection on validation, checkpoints
+and resuming, the log, the progress bar. A task brings its model, its batches, its loss and its score.
 """
 
 from __future__ import annotations

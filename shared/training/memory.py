@@ -1,8 +1,8 @@
 """Keeps glibc from giving every freed tensor back to the kernel.
 
-By default a block above 32 MB is mapped and unmapped on each use, so that a training step on a CPU spends up to a third of
-its time on page faults. Measured on EfficientNet-Lite0 at 160 pixels, batch 32, two threads: 39 photos a second without,
-55 with; forward only at 224 pixels: 53 without, 89 with.
+By default a block above 32 MB is mapped and unmapped on each use, so that a training step on a CPU spends up to a third
+of its time on page faults. Measured on EfficientNet-Lite0 at 160 pixels, batch 32, two threads: 39 photos a second
+without, 55 with; forward only at 224 pixels: 53 without, 89 with.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Static int8 quantisation of an exported graph: QDQ, weights signed and per channel, activations unsigned (Jacob et al. 2018).
+"""Static int8 quantisation of an exported graph (Jacob et al. 2018): QDQ, weights signed and per channel.
 
-Dynamic quantisation makes convolutions slower than float, so the ranges of the activations are calibrated on real inputs
-of the training part instead.
+Dynamic quantisation makes convolutions slower than float, so the ranges of the activations are calibrated on real
+inputs of the training part instead.
 
-Activations are unsigned, although ONNX Runtime recommends signed ones: on x86 it turns signed into unsigned while loading,
-but not where a tensor has two readers, as at every residual connection. Those convolutions then run in float between
-two conversions. Measured on EfficientNet-Lite0: 15 of 49 convolutions stay in float and int8 is 1.2 times as fast as fp32;
-with unsigned activations one stays, and it is twice as fast.
+Activations are unsigned, although ONNX Runtime recommends signed ones: on x86 it turns signed into unsigned while
+loading, but not where a tensor has two readers, as at every residual connection. Those convolutions then run in float
+between two conversions. Measured on EfficientNet-Lite0: with signed activations 15 of 49 convolutions stay in float and
+int8 is 1.2 times as fast as fp32; with unsigned ones it is twice as fast.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class QuantizeRecipe:
-    """How to quantise: `method` finds the ranges; `keep_ends` leaves the first convolution and the classifier in float."""
+    """How to quantise: `method` finds the ranges; `keep_ends` leaves first convolution and classifier in float."""
 
     method: str = "minmax"
     percentile: float = 99.99

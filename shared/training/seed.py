@@ -1,7 +1,8 @@
 """Randomness that does not depend on history.
 
-What an example looks like in an epoch is a function of (seed, epoch, index) and nothing else: not of the batch size, of the
-worker that makes it, nor of what was drawn before. A resumed run therefore sees exactly what the uninterrupted one saw.
+What an example looks like in an epoch is a function of (seed, epoch, index) and nothing else: not of the batch size, of
+the worker that makes it, nor of what was drawn before. A resumed run therefore sees exactly what the uninterrupted one
+saw.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, numpy's old global generator and PyTorch, for code that draws from them (initialisation, dropout)."""
+    """Seeds Python, numpy's old global generator and PyTorch, from which initialisation and dropout draw."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

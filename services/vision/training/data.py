@@ -1,9 +1,9 @@
-"""The flower photos as training sees them: decoded once, divided by the committed list, augmented by (seed, epoch, index)."""
+"""The flower photos as training sees them: decoded once, divided by the list, augmented by (seed, epoch, index)."""
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -121,17 +121,17 @@ class AugmentedBatches:
         photos: Photos,
         config: ClassificationPreprocessing,
         *,
-        size: int,
+        size_at: Callable[[int], int],
         batch: int,
         seed: int,
         augmentation: AugmentConfig | None = None,
     ) -> None:
-        self.photos, self.config, self.size, self.batch_size, self.seed = photos, config, size, batch, seed
+        self.photos, self.config, self.size_at, self.batch_size, self.seed = photos, config, size_at, batch, seed
         self.augmentation = augmentation or AugmentConfig()
         self.steps_per_epoch = len(photos) // batch
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """`[B, 3, size, size]` and `[B]`."""
+        """`[B, 3, size, size]`, with the size of the epoch, and `[B]`."""
         order = epoch_order(self.seed, epoch, len(self.photos))
         chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
         images = np.stack([self.example(epoch, int(index)) for index in chosen])
@@ -141,7 +141,7 @@ class AugmentedBatches:
     def example(self, epoch: int, index: int) -> NDArray[np.float32]:
         """`[3, size, size]`: one photo as this epoch sees it."""
         rng = sample_rng(self.seed, epoch, index)
-        return normalise(augment(self.photos.images[index], self.size, rng, self.augmentation), self.config)
+        return normalise(augment(self.photos.images[index], self.size_at(epoch), rng, self.augmentation), self.config)
 
 
 class TensorBatches:

