@@ -139,8 +139,8 @@ def _safe_methods() -> list[tuple[str, str]]:
 
 def to_call_failed(error: grpc.RpcError, target: str) -> CallFailed:
     """The readable form of gRPC's error, with the details decoded."""
-    code: grpc.StatusCode = error.code()  # type: ignore[attr-defined]
-    message: str = error.details() or code.name  # type: ignore[attr-defined]
+    code: grpc.StatusCode = error.code()
+    message: str = error.details() or code.name
     if code is grpc.StatusCode.UNAVAILABLE and "connect" in message.lower():
         message = f"nothing answers at {target}: {message}; start Usagi with `make local` or `make up`"
     failed = CallFailed(code.name, message)

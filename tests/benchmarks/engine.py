@@ -2,8 +2,8 @@
 
 Every row is the median of interleaved repeats. Items per CPU-second counts the CPU of the server's whole process tree
 (for the gateway row, Envoy's too) and is the figure that holds from run to run on a shared machine; the load generator
-runs in a process of its own and its CPU is shown beside. Raw means ONNX Runtime alone, with as many threads as the server
-has, each running whole batches.
+runs in a process of its own and its CPU is shown beside. Raw means ONNX Runtime alone, with as many threads as the
+server has, each running whole batches.
 """
 
 from __future__ import annotations
