@@ -69,6 +69,7 @@ ARG SERVICE=
 RUN test -n "${SERVICE}" || { echo 'set --build-arg SERVICE=<domain>' >&2; exit 1; }
 COPY services/${SERVICE} services/${SERVICE}
 RUN python -m compileall -q --invalidation-mode unchecked-hash .
+COPY deploy/models/${SERVICE} deploy/models/${SERVICE}
 
 FROM source AS gateway-source
 COPY services/gateway services/gateway
@@ -92,7 +93,7 @@ ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 \
     OPENBLAS_NUM_THREADS=1 \
     HOME=/tmp
-RUN install -d -o 10001 -g 10001 /var/lib/usagi /var/lib/usagi/models /var/lib/usagi/runs
+RUN install -d -o 10001 -g 10001 /var/lib/usagi /var/lib/usagi/models /var/lib/usagi/runs /var/lib/usagi/results
 WORKDIR /app
 STOPSIGNAL SIGTERM
 ARG VERSION=0.1.0
@@ -126,10 +127,10 @@ LABEL org.opencontainers.image.title="usagi-${SERVICE}-train" \
 COPY --from=train-packages /opt/venv /opt/venv
 COPY --from=train-source /app /app
 USER 10001:10001
-# A batch job: it ends, and its exit status is its health.
+WORKDIR /var/lib/usagi
+# A batch job: it ends, and its exit status is its health. What to run is the command: a module and its arguments.
 HEALTHCHECK NONE
 ENTRYPOINT ["python", "-m"]
-CMD ["shared.training"]
 
 
 FROM runtime AS gateway
@@ -141,8 +142,10 @@ ENV USAGI_UPSTREAMS=network \
     USAGI_GATEWAY_HOST=0.0.0.0
 USER 10001:10001
 EXPOSE 8080
+# Asks through Envoy for the catalog's own service: the health of "" is that of all domains, and a domain that is down
+# must not make the gateway unhealthy.
 HEALTHCHECK --interval=3s --timeout=3s --start-period=20s --retries=3 \
-  CMD ["python", "-I", "-S", "/app/shared/serving/probe.py", "127.0.0.1:8080"]
+  CMD ["python", "-I", "-S", "/app/shared/serving/probe.py", "127.0.0.1:8080", "usagi.model.v1.ModelService"]
 ENTRYPOINT ["python", "-m", "services.gateway"]
 
 

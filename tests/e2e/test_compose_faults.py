@@ -57,7 +57,7 @@ class Load:
 
 
 def calls_logged(stack, container):
-    return stack.run("docker", "logs", container).count('"message": "call"')
+    return stack.run("bash", "-c", f"docker logs {container} 2>&1").count('"message": "call"')
 
 
 def kill_on_host(stack, container):
@@ -66,7 +66,7 @@ def kill_on_host(stack, container):
     Not `docker kill` or `docker compose kill`: after those Docker holds the end for wanted and does not restart.
     """
     pid = stack.inspect(container)["State"]["Pid"]
-    options = ("--rm", "--pid", "host", "--privileged", "--user", "0", "--entrypoint", "sh")
+    options = ("--rm", "--pid", "host", "--user", "0", "--entrypoint", "sh")
     stack.run("docker", "run", *options, f"{stack.project}-vision", "-c", f"kill -9 {pid}")
 
 

@@ -6,10 +6,12 @@ import pytest
 
 from shared.client.connection import Connection
 from shared.client.models import ModelsClient
+from shared.services_table import load_table
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(400)]
 
 MODEL = "flowers-efficientnet-lite0"
+STACK_MEMORY_BYTES = 600e6
 PICKUP_SECONDS = 10.0  # a rescan every 2 s, and the load of two variants
 
 
@@ -18,6 +20,13 @@ def test_make_load_meets_the_objectives(stack):
     print(output[-3000:])
     assert "objective missed" not in output
     assert "vision/ClassifyImage auto" in output
+
+
+def test_stack_fits_into_its_memory_after_all_this(stack):
+    used = stack.memory_bytes()
+    print({name: f"{size / 1e6:.0f} MB" for name, size in used.items()})
+    assert len(used) == 1 + len(load_table().services)
+    assert sum(used.values()) < STACK_MEMORY_BYTES
 
 
 PUBLISH = f"""
