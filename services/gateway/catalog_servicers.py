@@ -81,7 +81,7 @@ class CatalogInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
 
     async def ServerMetadata(self, request: oip.ServerMetadataRequest, context: Any) -> oip.ServerMetadataResponse:
         """Name and version of the suite."""
-        return oip.ServerMetadataResponse(name="usagi", version=importlib.metadata.version("usagi"))
+        return oip.ServerMetadataResponse(name="usagi", version=_package_version())
 
     async def ModelReady(self, request: oip.ModelReadyRequest, context: Any) -> oip.ModelReadyResponse:
         """Refuses: the domain is missing."""
@@ -94,6 +94,14 @@ class CatalogInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: oip.ModelInferRequest, context: Any) -> oip.ModelInferResponse:
         """Refuses: the domain is missing."""
         raise _needs_domain(self._domains)
+
+
+def _package_version() -> str:
+    """Version of Usagi; `0` when it runs from a bare checkout."""
+    try:
+        return importlib.metadata.version("usagi")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
 
 
 def _needs_domain(domains: Domains) -> InvalidInput:

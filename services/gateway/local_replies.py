@@ -35,7 +35,8 @@ class Refusal:
         message: what is wrong and what to do. gRPC callers compare it with the details, so it holds no variable.
         flags: Envoy's response flags that mean it; empty means that `status` decides.
         status: Envoy's HTTP status that means it, if there are no flags.
-        http: HTTP status for JSON callers.
+        or_above: every status from `status` on means it.
+        http: HTTP status for JSON callers; 0 leaves Envoy's.
         retry_seconds: suggested delay before a retry; 0 means none is suggested.
         verbatim: JSON callers see Envoy's own text, which names the place in their request.
     """
@@ -45,6 +46,7 @@ class Refusal:
     message: str
     flags: tuple[str, ...] = ()
     status: int = 0
+    or_above: bool = False
     http: int = 0
     retry_seconds: int = 0
     verbatim: bool = False
@@ -92,11 +94,18 @@ def refusals(max_message_bytes: int) -> tuple[Refusal, ...]:
             http=404,
         ),
         Refusal(
-            "UNIMPLEMENTED",
-            "CONTENT_TYPE_NOT_SUPPORTED",
-            "this content type is not spoken here; use application/grpc, application/grpc-web or application/json",
-            status=415,
-            http=415,
+            "INTERNAL",
+            "GATEWAY_FAILED",
+            "the gateway could not answer; its access log has the cause under the request id",
+            status=500,
+            or_above=True,
+        ),
+        Refusal(
+            "INVALID_ARGUMENT",
+            "REQUEST_REFUSED",
+            "this is no HTTP request that the gateway takes, such as one with headers over 60 KiB",
+            status=400,
+            or_above=True,
         ),
     )
 
@@ -163,18 +172,18 @@ def _json_mapper(kind: Refusal) -> Json:
     if kind.retry_seconds:
         retry = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{kind.retry_seconds}s"}
         details.append(retry)
-    return {
+    mapper: Json = {
         "filter": _matches(kind),
-        "status_code": kind.http,
         "body_format_override": {"json_format": {"code": _number(kind), "message": message, "details": details}},
     }
+    return {**mapper, "status_code": kind.http} if kind.http else mapper
 
 
 def _matches(kind: Refusal) -> Json:
     if kind.flags:
         return {"response_flag_filter": {"flags": list(kind.flags)}}
     value = {"default_value": kind.status, "runtime_key": f"gateway.refusal.{kind.reason.lower()}"}
-    return {"status_code_filter": {"comparison": {"op": "EQ", "value": value}}}
+    return {"status_code_filter": {"comparison": {"op": "GE" if kind.or_above else "EQ", "value": value}}}
 
 
 def _from_grpc_caller() -> Json:

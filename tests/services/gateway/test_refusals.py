@@ -182,6 +182,12 @@ def test_json_at_the_limit_passes_and_over_it_does_not(gateway):
     assert json.loads(answer)["details"][0]["reason"] == "MESSAGE_TOO_LARGE"
 
 
+def test_anything_else_has_its_reason_too(gateway):
+    status, _, answer = call_json(gateway.port, CLASSIFY, {}, filler="x" * 70_000)
+    assert status == 431
+    assert json.loads(answer)["details"][0]["reason"] == "REQUEST_REFUSED"
+
+
 def test_expired_deadline(gateway, channel):
     with pytest.raises(grpc.RpcError) as caught:
         pb_grpc.VisionServiceStub(channel).ClassifyImage(pb.ClassifyImageRequest(model="sleep"), timeout=0.3)
