@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(400)]
 
 RECOVERY_SECONDS = 10.0
 WORKERS = 16
+REFUSED_PAUSE_SECONDS = 0.05  # a refusal takes no time; without a pause they would be all that runs
 
 
 class Load:
@@ -48,7 +49,10 @@ class Load:
             while not self._stop.wait(max(0.0, due - time.monotonic())):
                 started = time.monotonic()
                 outcome = caller.call(number)
-                self.outcomes.append((started, time.monotonic(), outcome))
+                ended = time.monotonic()
+                if outcome is not None:
+                    self._stop.wait(REFUSED_PAUSE_SECONDS)
+                self.outcomes.append((started, ended, outcome))
                 number += 1
                 due = max(due + pause, time.monotonic() - 1.0)
 
