@@ -138,7 +138,7 @@ def test_500_calls_at_once(server):
     slowest = max(seconds for _, seconds in refusals)
     # A busy machine cannot answer 500 calls of any kind in 100 ms, so the same number of calls that do nothing sets the
     # scale; on an idle machine the first limit is the one that counts.
-    limit = max(REFUSAL_SECONDS, 2 * trivial_seconds)
+    limit = max(REFUSAL_SECONDS, 3 * trivial_seconds)
     print(f"slowest refusal {slowest * 1000:.0f} ms, slowest of {CALLS} trivial calls {trivial_seconds * 1000:.0f} ms")
     assert slowest < limit
     batches, dropped = server.finish()
