@@ -49,7 +49,7 @@ def _variants(manifest: Manifest) -> str:
     rows.append(
         _row("within its accuracy budget", ["yes" if manifest.variants[n].within_budget else "no" for n in names])
     )
-    note = f"`auto` means `{manifest.auto_variant()}`. Latencies are milliseconds at batch 1 on one thread of: "
+    note = f"`auto` means `{manifest.auto_variant()}`. Latencies are milliseconds at batch 1 on one thread of "
     device = manifest.training.device if manifest.training else "the training machine"
     return "\n".join(rows) + f"\n\n{note}{device}."
 

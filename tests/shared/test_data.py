@@ -112,14 +112,14 @@ def test_conversion_keeps_the_picture():
 
 def test_download_of_something_else_is_refused_and_leaves_nothing(folders, home):
     (home / "flower_photos.tgz").write_bytes(b"<html>please log in</html>")
-    with pytest.raises(ConfigurationError, match="sha256.*expected.*USAGI_DATA"):
+    with pytest.raises(ConfigurationError, match=r"sha256.*expected.*USAGI_DATA"):
         locate("flowers")
     assert list(folders[1].iterdir()) == []
 
 
 def test_unreachable_home_says_which_variable_helps(folders, home):
     (home / "flower_photos.tgz").unlink()
-    with pytest.raises(ConfigurationError, match="could not be downloaded.*USAGI_DATA"):
+    with pytest.raises(ConfigurationError, match=r"could not be downloaded.*USAGI_DATA"):
         locate("flowers")
     assert list(folders[1].iterdir()) == []
 
@@ -132,7 +132,7 @@ def test_mirror_comes_first_and_is_checked(folders, monkeypatch):
     assert locate("flowers") == folders[0] / "flowers.zip"
 
     (folders[0] / "flowers.zip").write_bytes(content + b" with more")
-    with pytest.raises(ConfigurationError, match="expected.*copy it again"):
+    with pytest.raises(ConfigurationError, match=r"expected.*copy it again"):
         locate("flowers")
 
 
@@ -145,7 +145,7 @@ def test_without_download_it_says_where_it_looked(folders):
 
 
 def test_unknown_name_lists_the_known(folders):
-    with pytest.raises(ConfigurationError, match="`moths` is unknown; known: flowers"):
+    with pytest.raises(ConfigurationError, match=r"`moths` is unknown; known: flowers"):
         locate("moths")
 
 

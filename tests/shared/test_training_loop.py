@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -191,7 +192,7 @@ def test_another_configuration_is_refused(tmp_path):
 
 
 def test_diverging_run_says_so(tmp_path):
-    model, run = fit(tmp_path)
+    _, run = fit(tmp_path)
     run.loss = lambda outputs, targets: (outputs * float("nan")).sum()
     with pytest.raises(ConfigurationError, match="lower the learning rate"):
         run.run()
@@ -213,7 +214,7 @@ def test_learning_rate_rises_and_then_falls_along_a_cosine():
     assert rates[20] == pytest.approx(1.0)
     assert rates[60] == pytest.approx(0.5)
     assert rates[99] < 0.001
-    assert all(a >= b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[20:]))
 
 
 def test_biases_and_normalisation_are_not_decayed():

@@ -1,8 +1,8 @@
 """Checks every published vision model against its manifest: `python -m services.vision.training.evaluate`.
 
-Each variant's file must have the SHA-256 of the manifest, its card must be the manifest's, and its accuracy, measured again
-on the held-back photos through the same preprocessing, may differ by one photo: another CPU may round an int8 tie the
-other way. Ends with status 1 if anything differs.
+Each variant's file must have the SHA-256 of the manifest, its card must be the manifest's, and its accuracy, measured
+again on the held-back photos through the same preprocessing, may differ by one photo: another CPU may round an int8 tie
+the other way. Ends with status 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def check_root(root: Path) -> list[Check]:
 def _print(checks: list[Check], config: EvaluateConfig) -> None:
     table = Table("model", "variant", "manifest", "now", "photos", "verdict")
     for check in checks:
-        now, count = ("", "") if check.result is None else (f"{check.result.accuracy:.4f}", str(len(check.result.labels)))
+        now = f"{check.result.accuracy:.4f}" if check.result else ""
+        count = str(len(check.result.labels)) if check.result else ""
         table.add_row(check.model, check.variant, f"{check.claimed:.4f}", now, count, check.problem or "agrees")
     Console().print(table)
     for check in checks:

@@ -53,7 +53,7 @@ def training_record(result: RunResult, runs: Path, test: Classification, export_
         seed=result.seed,
         data=f"{dataset.description}; {dataset.source_url}; divided by services/vision/training/flowers_split.csv",
         data_licence=dataset.licence,
-        device=f"{cpu_name()}, {result.threads} thread{'s' if result.threads > 1 else ''}",
+        device=cpu_name(),
         wall_seconds=result.wall_seconds,
         baselines={"majority_class": majority_share(test), **_means(others, exclude=result.mode)},
         spread={"accuracy": spread([r.accuracy for r in others if r.mode == result.mode])},

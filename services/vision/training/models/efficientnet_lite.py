@@ -148,7 +148,7 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` → `[B, C', H/stride, W/stride]`."""
-        y = self.expand(x)  # [B, C * expand, H, W]
+        y: Tensor = self.expand(x)  # [B, C * expand, H, W]
         y = self.depthwise(y)  # [B, C * expand, H/stride, W/stride]
         y = self.project(y)  # [B, C', H/stride, W/stride]
         return x + y if self.residual else y
