@@ -30,7 +30,7 @@ def test_stack_fits_into_its_memory_after_all_this(stack):
 
 
 PUBLISH = f"""
-import dataclasses, json, os, shutil, pathlib, torch
+import json, os, pathlib, shutil, time, torch
 from shared.artifacts import MANIFEST_NAME
 source = pathlib.Path("/app/deploy/models/vision/{MODEL}/1")
 target = pathlib.Path("/var/lib/usagi/models/vision/{MODEL}/900")
@@ -40,7 +40,7 @@ manifest = json.loads((staging / MANIFEST_NAME).read_text())
 manifest["version"] = 900
 (staging / MANIFEST_NAME).write_text(json.dumps(manifest))
 staging.rename(target)
-print(os.getuid(), torch.__version__)
+print(os.getuid(), torch.__version__, time.time())
 """
 
 
@@ -54,11 +54,11 @@ def test_published_model_is_picked_up_while_serving(stack):
     run = ("run", "--rm", "--no-deps", "-T")
     output = stack.compose(*run, "--entrypoint", "python", "vision-train", "-", stdin=PUBLISH)
     assert output.startswith("10001 2.13.0"), output
-    published = time.monotonic()
+    published = float(output.split()[-1])  # by the same clock: containers share the host's
     while "900" not in versions(stack):
-        assert time.monotonic() < published + PICKUP_SECONDS, versions(stack)
+        assert time.time() < published + PICKUP_SECONDS, versions(stack)
         time.sleep(0.2)
-    print(f"version 900 serves {time.monotonic() - published:.1f} s after it was published")
+    print(f"version 900 was seen to serve {time.time() - published:.1f} s after it was published")
     clean = f"import shutil; shutil.rmtree('/var/lib/usagi/models/vision/{MODEL}')"
     stack.compose(*run, "--entrypoint", "python", "vision-train", "-", stdin=clean)
     help_text = stack.compose(*run, "vision-train", "services.vision.training.train", "--help")
