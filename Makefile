@@ -4,6 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DOMAIN ?= vision
 MODEL ?= flowers-efficientnet-lite0
 SEED ?= 0
 
@@ -12,7 +13,7 @@ SEED ?= 0
 help:  ## this list
 	@printf 'Usagi: deep-learning microservices over gRPC\n\n'
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@printf '\nVariables: MODEL (train, export, reproduce), SEED, USAGI_DATA (folder with the data sets)\n'
+	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
 
 # One environment in two layers: serving and client first (seconds), training and development on top (torch).
 .venv/.serve: pyproject.toml constraints.txt
@@ -44,13 +45,14 @@ e2e: .venv/.dev  ## only the tests on the real compose stack
 verify: .venv/.dev  ## evaluate every shipped model again and compare with its manifest
 	@$(BIN)/python -m services.vision.training.evaluate --root deploy/models
 
-reproduce: .venv/.dev train export  ## train, compress and export MODEL again into var/models
+reproduce: .venv/.dev  ## make MODEL again by the command in its manifest, and compare
+	@$(BIN)/python -m shared.training.reproduce $(MODEL)
 
-train: .venv/.dev  ## train MODEL (resumes where it stopped)
-	@$(BIN)/python -m services.vision.training.train --model $(MODEL) --seed $(SEED)
+train: .venv/.dev  ## train DOMAIN's model with SEED (resumes where it stopped); ARGS="--help" explains
+	@$(BIN)/python -m services.$(DOMAIN).training.train --seed $(SEED) $(ARGS)
 
-export: .venv/.dev  ## export, compress, measure, gate and publish MODEL into var/models
-	@$(BIN)/python -m services.vision.training.export --model $(MODEL) --seed $(SEED)
+export: .venv/.dev  ## export, compress, measure, gate and publish it into var/models
+	@$(BIN)/python -m services.$(DOMAIN).training.export --seed $(SEED) $(ARGS)
 
 up:  ## build and start the containers, wait until healthy, print the addresses
 	@docker compose up --detach --build --wait

@@ -1,0 +1,68 @@
+"""Makes a shipped model again by the very command in its manifest, and compares: `make reproduce MODEL=<name>`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from shared.artifacts import Manifest
+from shared.errors import ConfigurationError
+from shared.training.readme import newest_manifests
+
+BUNDLED = Path("deploy/models")
+REPRODUCED = Path("var/models")
+
+
+def find(root: Path, name: str) -> Manifest:
+    """The newest version of a model under a root, whatever its service.
+
+    Raises:
+        ConfigurationError: there is none; the message lists those that are.
+    """
+    manifests = newest_manifests(root)
+    for manifest in manifests:
+        if manifest.name == name:
+            return manifest
+    known = ", ".join(manifest.name for manifest in manifests) or "none"
+    raise ConfigurationError(f"no model `{name}` under {root}; known: {known}")
+
+
+def compare(shipped: Manifest, made: Manifest) -> bool:
+    """Prints both accuracies of every variant; whether the new fp32 is not below the shipped spread.
+
+    One photo of tolerance is left, since two machines may round differently.
+    """
+    for name in sorted(set(shipped.variants) & set(made.variants)):
+        old, new = (manifest.variants[name].metrics["accuracy"] for manifest in (shipped, made))
+        print(f"{name:8} shipped {old:.4f}  made again {new:.4f}")
+    spread = shipped.training.spread.get("accuracy", {}) if shipped.training else {}
+    metrics = made.variants["fp32"].metrics
+    floor = spread.get("min", shipped.variants["fp32"].metrics["accuracy"]) - 1 / metrics["test_photos"]
+    print(f"within the spread: {metrics['accuracy']:.4f} against at least {floor:.4f}")
+    return metrics["accuracy"] >= floor
+
+
+def main() -> None:
+    """Runs the manifest's command with this interpreter and exits with 1 if the result falls below the spread."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="name of a shipped model, such as flowers-efficientnet-lite0")
+    options = parser.parse_args()
+    try:
+        shipped = find(BUNDLED, options.model)
+    except ConfigurationError as error:
+        sys.exit(f"reproduce: {error.message}")
+    if shipped.training is None:
+        sys.exit(f"reproduce: the manifest of {options.model} names no command")
+    print(f"{shipped.training.command}\n(it took {shipped.training.wall_seconds / 60:.0f} min to make what is shipped)")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["sh", "-c", shipped.training.command], env={**os.environ, "PATH": path}, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    sys.exit(0 if compare(shipped, find(REPRODUCED, options.model)) else 1)
+
+
+if __name__ == "__main__":
+    main()
