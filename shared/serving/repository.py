@@ -18,7 +18,7 @@ from enum import Enum
 from pathlib import Path
 
 from shared.artifacts import CARD_NAME, MANIFEST_NAME, ArtifactError, Manifest, read_manifest, verify_variant
-from shared.errors import ModelNotFound, ModelUnavailable, UsagiError
+from shared.errors import ModelNotFound, ModelUnavailable, Unreachable, UsagiError
 from shared.serving.batching import Batcher, BatchLimits, ComputePool
 from shared.serving.session import OnnxSession, Session, zeros_for
 from shared.serving.telemetry import ModelObserver, Telemetry
@@ -111,6 +111,7 @@ class ModelRepository:
         self._versions: dict[tuple[str, int], ModelVersion] = {}
         self._by_name: dict[str, list[ModelVersion]] = {}
         self._rescan_lock = asyncio.Lock()
+        self._scanned = False
 
     def versions(self) -> list[ModelVersion]:
         """All versions, by name and number."""
@@ -138,6 +139,7 @@ class ModelRepository:
                     self._index()
                     if known is not None:
                         self._retire(known, "it was published again")
+            self._scanned = True
 
     def _scan(self) -> dict[tuple[str, int], ModelVersion]:
         found: dict[tuple[str, int], ModelVersion] = {}
@@ -214,8 +216,11 @@ class ModelRepository:
 
         Raises:
             ModelNotFound: no such model or version; `field` is `model` or `version`.
+            Unreachable: the process starts and does not know its models yet.
         """
         candidates = self._by_name.get(name)
+        if not candidates and not self._scanned:  # the port is open before the models are warm
+            raise Unreachable("the models are still loading; come back in a moment")
         if not candidates:
             raise ModelNotFound("model", name, sorted(self._by_name))
         if version == "":

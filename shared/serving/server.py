@@ -51,6 +51,29 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
+class Health(health_aio.HealthServicer):  # type: ignore[misc]
+    """grpc.health.v1, whose Watch streams can be ended: gRPC's own would hold a stopping server for its whole grace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: set[asyncio.Task[Any]] = set()
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        """Tells every change of a service's status until the caller leaves or the server stops."""
+        watch = asyncio.ensure_future(super().Watch(request, context))
+        self._watches.add(watch)
+        try:
+            await asyncio.wait({watch})
+        finally:
+            self._watches.discard(watch)
+            watch.cancel()
+
+    def end_watches(self) -> None:
+        """Ends all Watch streams with OK; their callers have seen NOT_SERVING."""
+        for watch in self._watches:
+            watch.cancel()
+
+
 class ModelServer:
     """One serving process's gRPC server.
 
@@ -64,7 +87,7 @@ class ModelServer:
         self.port = 0
         self._config = engine.config
         self._register = register
-        self._health = health_aio.HealthServicer()
+        self._health = Health()
         self._services: list[str] = []
         self._ready = False
         self._watcher: asyncio.Task[None] | None = None
@@ -117,6 +140,7 @@ class ModelServer:
         await self._health.enter_graceful_shutdown()
         log.info("draining", extra={"seconds": self._config.drain_seconds})
         await asyncio.sleep(self._config.drain_seconds)
+        self._health.end_watches()
         if self._server is not None:
             await self._server.stop(self._config.grace_seconds)
         if self._watcher is not None:

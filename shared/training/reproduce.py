@@ -1,9 +1,14 @@
-"""Makes a shipped model again by the very command in its manifest, and compares: `make reproduce MODEL=<name>`."""
+"""Makes a shipped model again by the very command in its manifest, and compares: `make reproduce MODEL=<name>`.
+
+The command runs in `out/reproduce/<model>`, so it neither finds an earlier run's checkpoints nor touches the local
+model root. If it was interrupted, the same command goes on where it stopped.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +18,7 @@ from shared.errors import ConfigurationError
 from shared.training.readme import newest_manifests
 
 BUNDLED = Path("deploy/models")
-REPRODUCED = Path("var/models")
+WORKPLACE = Path("out/reproduce")
 
 
 def find(root: Path, name: str) -> Manifest:
@@ -57,11 +62,23 @@ def main() -> None:
     if shipped.training is None:
         sys.exit(f"reproduce: the manifest of {options.model} names no command")
     print(f"{shipped.training.command}\n(it took {shipped.training.wall_seconds / 60:.0f} min to make what is shipped)")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["sh", "-c", shipped.training.command], env={**os.environ, "PATH": path}, check=False)
+    folder = WORKPLACE / options.model
+    if (folder / "var").exists():  # a finished reproduction: begin anew
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["sh", "-c", shipped.training.command], cwd=folder, env=_environment(), check=False)
     if done.returncode:
         sys.exit(done.returncode)
-    sys.exit(0 if compare(shipped, find(REPRODUCED, options.model)) else 1)
+    sys.exit(0 if compare(shipped, find(folder / "var" / "models", options.model)) else 1)
+
+
+def _environment() -> dict[str, str]:
+    """This environment with this interpreter first, and no relative path that another folder would change."""
+    environment = dict(os.environ)
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    if environment.get("USAGI_DATA"):
+        environment["USAGI_DATA"] = str(Path(environment["USAGI_DATA"]).resolve())
+    return environment
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The READMEs' tables come from the manifests, and say so when they do not."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.training.readme import newest_manifests, render_table, with_table
+from shared.training.reproduce import compare
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,3 +37,24 @@ def test_only_what_stands_between_the_markers_changes():
     assert made == "before\n<!-- models:begin -->\nnew\n<!-- models:end -->\nafter\n"
     with pytest.raises(ValueError, match="lacks"):
         with_table("no markers", "new")
+
+
+def test_reproduce_says_which_models_there_are():
+    done = subprocess.run(
+        [sys.executable, "-m", "shared.training.reproduce", "nope"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "known: flowers-efficientnet-lite0" in done.stderr
+
+
+@pytest.mark.parametrize(("accuracy", "within"), [(0.95, True), (0.90, False)])
+def test_reproduced_accuracy_is_held_against_the_spread(accuracy, within):
+    shipped = newest_manifests(ROOT / "deploy/models", "vision")[0]
+    variant = shipped.variants["fp32"]
+    made = dataclasses.replace(variant, metrics={**variant.metrics, "accuracy": accuracy})
+    assert compare(shipped, dataclasses.replace(shipped, variants={"fp32": made})) is within

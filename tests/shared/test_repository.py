@@ -1,5 +1,6 @@
 """The model repository of a running server: publish, replace, break, remove, load, unload; all else serves on."""
 
+import asyncio
 import shutil
 import threading
 import time
@@ -8,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from inference import open_inference_grpc_pb2 as pb
 from inference import open_inference_grpc_pb2_grpc as pb_grpc
@@ -15,8 +17,11 @@ from usagi.model.v1 import model_service_pb2 as model_pb
 from usagi.model.v1 import model_service_pb2_grpc as model_grpc
 
 from shared.serving.config import ServingConfig
+from shared.serving.engine import Engine
+from shared.serving.server import ModelServer
+from shared.serving.session import OnnxSession
 from shared.testing.graphs import publish_affine
-from shared.testing.server import running_server
+from shared.testing.server import no_services, running_server
 
 
 class Caller:
@@ -214,6 +219,41 @@ def test_republishing_under_load_fails_nobody(caller, roots):
     assert errors == []
     assert ("11", 11.0) in seen
     assert all(float(version) == value or version == "1" for version, value in seen)
+
+
+def test_calls_before_the_models_are_warm_are_told_to_come_back(tmp_path):
+    publish_affine(tmp_path)
+    release = threading.Event()
+
+    def open_slowly(path):
+        assert release.wait(20)
+        return OnnxSession(path)
+
+    async def ask_early(port):
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            stub = pb_grpc.GRPCInferenceServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.ModelMetadata(pb.ModelMetadataRequest(name="affine"))
+            return health.status, caught.value
+
+    async def main():
+        config = ServingConfig(model_roots=(tmp_path,), port=0, metrics_port=0, threads=1)
+        server = ModelServer(Engine("test", config, open_slowly), no_services)
+        starting = asyncio.create_task(server.start())
+        while not server.port:
+            await asyncio.sleep(0.01)
+        early = await ask_early(server.port)
+        release.set()
+        await starting
+        assert server.engine.repository.find("affine").version == 1
+        await server.stop()
+        return early
+
+    status, error = asyncio.run(asyncio.wait_for(main(), 30))
+    assert status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "still loading" in error.details()
 
 
 def test_pages(caller, roots):
