@@ -158,18 +158,27 @@ class Batcher:
         Raises:
             Overloaded: all places are taken.
         """
-        if self._admitted >= self.capacity:
-            self._observer.rejected()
-            raise Overloaded(
-                f"all {self.capacity} places of the queue are taken; come back later",
-                retry_after=self._drain_seconds(),
-                metadata={"capacity": str(self.capacity)},
-            )
+        if self.full:
+            raise self.refusal()
         self._admitted += 1
         try:
             yield
         finally:
             self._admitted -= 1
+
+    @property
+    def full(self) -> bool:
+        """Whether all places are taken."""
+        return self._admitted >= self.capacity
+
+    def refusal(self) -> Overloaded:
+        """The error of a request that finds no place; it counts as rejected."""
+        self._observer.rejected()
+        return Overloaded(
+            f"all {self.capacity} places of the queue are taken; come back later",
+            retry_after=self._drain_seconds(),
+            metadata={"capacity": str(self.capacity)},
+        )
 
     def _drain_seconds(self) -> float:
         batches = self.capacity / (self.limits.max_batch * self._pool.workers)

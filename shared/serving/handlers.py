@@ -18,9 +18,10 @@ import grpc
 import grpc.aio
 from grpc_status import rpc_status
 
-from shared.errors import InvalidInput, NotSupported
+from shared.errors import InvalidInput, NotSupported, Unreachable
 from shared.logs import request_id
-from shared.serving.status import code_of, to_status, trailers_of
+from shared.serving.batching import Batcher
+from shared.serving.status import to_status, trailers_of
 from shared.serving.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,12 @@ MAX_ID = 128
 QUIET = ("/grpc.health.", "/grpc.reflection.")
 """Methods whose calls are neither logged nor counted."""
 
+CONTROL = (
+    "/usagi.model.",
+    *(f"/inference.GRPCInferenceService/{name}" for name in ("Server", "ModelReady", "ModelMetadata", "Repository")),
+)
+"""Methods that need no model to run, so that overload does not concern them."""
+
 Handler = Any  # grpc.RpcMethodHandler has no usable type
 
 
@@ -40,12 +47,17 @@ class CallHandlers(grpc.GenericRpcHandler):
     Args:
         service: the domain, for logs, metrics and ErrorInfo.
         telemetry: counts the calls.
+        overload: gives a batcher when no model can take a call; then inference is refused before its message is read.
     """
 
-    def __init__(self, service: str, telemetry: Telemetry) -> None:
+    def __init__(
+        self, service: str, telemetry: Telemetry, overload: Callable[[], Batcher | None] = lambda: None
+    ) -> None:
         self._service = service
         self._telemetry = telemetry
+        self._overload = overload
         self._handlers: dict[str, Handler] = {}
+        self._refusals: dict[str, Handler] = {}
         self._unknown = CallObserver(service, "unknown", telemetry)
 
     def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
@@ -55,15 +67,30 @@ class CallHandlers(grpc.GenericRpcHandler):
         """Wraps and keeps the methods of one gRPC service."""
         for name, handler in method_handlers.items():
             method = f"/{service_name}/{name}"
-            self._handlers[method] = handler if method.startswith(QUIET) else self._wrap(method, handler)
+            if method.startswith(QUIET):
+                self._handlers[method] = handler
+                continue
+            observer = CallObserver(self._service, method, self._telemetry)
+            self._handlers[method] = wrap_handler(handler, observer)
+            if not (handler.request_streaming or handler.response_streaming or method.startswith(CONTROL)):
+                self._refusals[method] = wrap_handler(self._refusing(), observer)
 
     def service(self, handler_call_details: Any) -> Handler:
         """gRPC asks for the handler of a call."""
         method: str = handler_call_details.method
+        refusal = self._refusals.get(method)
+        if refusal is not None and self._overload() is not None:
+            return refusal
         return self._handlers.get(method) or wrap_handler(_unknown_method(method), self._unknown)
 
-    def _wrap(self, method: str, handler: Handler) -> Handler:
-        return wrap_handler(handler, CallObserver(self._service, method, self._telemetry))
+    def _refusing(self) -> Handler:
+        """A handler that refuses unread: as a stream it is called before gRPC waits for the message."""
+
+        async def refuse(requests: AsyncIterator[bytes], context: Any) -> bytes:
+            batcher = self._overload()
+            raise batcher.refusal() if batcher is not None else Unreachable("overloaded a moment ago; try again")
+
+        return grpc.stream_unary_rpc_method_handler(refuse)
 
 
 class CallObserver:
@@ -148,11 +175,10 @@ class _CallRecord:
             self.finish(self._context.code())
             return
         status = to_status(error, self._observer.service, self._id)
-        code = code_of(status)
-        if code is grpc.StatusCode.INTERNAL:
-            log.error("unexpected error", exc_info=error, extra={"method": self._observer.method})
         rich = rpc_status.to_status(status)
-        self.finish(code, status.message)
+        if rich.code is grpc.StatusCode.INTERNAL:
+            log.error("unexpected error", exc_info=error, extra={"method": self._observer.method})
+        self.finish(rich.code, status.message)
         trailers = (*rich.trailing_metadata, (REQUEST_ID, self._id), *trailers_of(error))
         await self._context.abort(rich.code, rich.details, trailing_metadata=trailers)
 

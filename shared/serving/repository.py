@@ -117,6 +117,16 @@ class ModelRepository:
         """All versions, by name and number."""
         return [entry for name in sorted(self._by_name) for entry in self._by_name[name]]
 
+    def overload(self) -> Batcher | None:
+        """A batcher if every one in memory is full, so that no call at all can be taken; else None, found at once."""
+        some = None
+        for entry in self._versions.values():
+            for served in entry.loaded.values():
+                if not served.batcher.full:
+                    return None
+                some = served.batcher
+        return some
+
     def _index(self) -> None:
         by_name: dict[str, list[ModelVersion]] = {}
         for key in sorted(self._versions):

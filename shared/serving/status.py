@@ -6,11 +6,9 @@ INTERNAL without any of its text: the log has the traceback, the caller gets the
 
 from __future__ import annotations
 
-import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 from shared.errors import DOMAIN, InvalidInput, ModelNotFound, Overloaded, UsagiError
 
@@ -55,12 +53,6 @@ def _pack(message: Message) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed
-
-
-def code_of(status: status_pb2.Status) -> grpc.StatusCode:
-    """gRPC's own code of a status."""
-    code: grpc.StatusCode = rpc_status.to_status(status).code
-    return code
 
 
 def trailers_of(error: BaseException) -> tuple[tuple[str, str], ...]:
