@@ -69,7 +69,7 @@ class ModelNotFound(UsagiError):
         )
         self.field = field
         self.name = name
-        self.reason = f"{field.rsplit('_', 1)[-1].upper()}_NOT_FOUND"
+        self.reason = {"version": "VERSION_NOT_FOUND", "variant": "VARIANT_NOT_FOUND"}.get(field, self.reason)
 
 
 class ModelUnavailable(UsagiError):

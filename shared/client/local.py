@@ -25,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
 from shared.client.connection import SERVICE_HEADER
-from shared.errors import Unreachable
+from shared.errors import ConfigurationError, Unreachable
 from shared.services_table import ServicesTable, load_table
 
 STARTUP_SECONDS = 60.0
@@ -51,6 +51,7 @@ def local_stack(logs: Path, *, free_ports: bool = False) -> Iterator[LocalStack]
         free_ports: take free ports instead of those of the table.
 
     Raises:
+        ConfigurationError: a port of the table is taken.
         Unreachable: a process ended or did not become ready; the message shows the end of its log.
     """
     table = load_table()
@@ -84,6 +85,10 @@ def _ports(table: ServicesTable, free: bool) -> dict[str, int]:
     for name, service in table.services.items():
         ports[name], ports[f"{name}.metrics"] = service.local_port, service.local_metrics_port
     if not free:
+        for name, port in ports.items():
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    raise ConfigurationError(f"port {port} ({name}) is taken: does Usagi already run on this machine?")
         return ports
     with contextlib.ExitStack() as held:
         sockets = {name: held.enter_context(socket.create_server(("127.0.0.1", 0))) for name in ports}

@@ -152,14 +152,24 @@ class ModelServer:
 
 
 async def serve(engine: Engine, register: Register) -> None:
-    """Serves until SIGTERM or SIGINT."""
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigurationError: a port is taken.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     metrics = None
     if engine.config.metrics_port:
-        metrics = engine.telemetry.serve(engine.config.host, engine.config.metrics_port)
+        try:
+            metrics = engine.telemetry.serve(engine.config.host, engine.config.metrics_port)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot serve metrics on {engine.config.host}:{engine.config.metrics_port}: {error.strerror}; "
+                "is another server there? set USAGI_METRICS_PORT, 0 for none"
+            ) from error
     server = ModelServer(engine, register)
     try:
         starting = asyncio.create_task(server.start())

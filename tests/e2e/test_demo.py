@@ -1,6 +1,8 @@
 """`usagi demo`, the way a newcomer sees it: real processes, real answers, pictures, and nothing left running."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+
+from shared.services_table import load_table
 
 ROOT = Path(__file__).parents[2]
 USAGI = [sys.executable, "-m", "shared.client.cli"]
@@ -72,3 +76,13 @@ def test_missing_photo_is_said_before_any_call():
     )
     assert done.returncode == 1
     assert "no-such.jpg is not a file" in done.stderr
+
+
+def test_taken_port_is_said_before_anything_starts():
+    port = load_table().gateway.port
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # somebody else may hold it already
+            held.enter_context(socket.create_server(("127.0.0.1", port)))
+        done = subprocess.run([*USAGI, "local"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert f"port {port} (gateway) is taken" in done.stderr

@@ -192,16 +192,18 @@ def test_rank_is_stable_and_safe():
     assert probabilities == pytest.approx([0.5, 0.5, 0.0])
 
 
-def test_taken_port_is_said_in_one_line(address):
+@pytest.mark.parametrize("variable", ["USAGI_PORT", "USAGI_METRICS_PORT"])
+def test_taken_port_is_said_in_one_line(address, variable):
     port = address.rpartition(":")[2]
     ended = subprocess.run(
         [sys.executable, "-m", "services.vision.serving"],
-        env={"USAGI_PORT": port, "USAGI_METRICS_PORT": "0", "PATH": "/usr/bin"},
+        env={"USAGI_PORT": "0", "USAGI_METRICS_PORT": "0", variable: port, "PATH": "/usr/bin"},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
     assert ended.returncode != 0
-    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert f"on 127.0.0.1:{port}" in ended.stderr
+    assert variable in ended.stderr
     assert "Traceback" not in ended.stderr
