@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from services.gateway.catalog import Catalog
 from services.gateway.config import GatewayConfig
 from services.gateway.envoy import LOOPBACK, bootstrap
 from shared.errors import UsagiError
+from shared.processes import die_with_parent
 from shared.services_table import ServicesTable
 from shared.serving.cpu import compute_threads
 
@@ -27,7 +26,6 @@ log = logging.getLogger(__name__)
 START_SECONDS = 20.0
 LISTENER_DRAIN_SECONDS = 2
 """How long new connections are still taken after SIGTERM, while load balancers notice."""
-PR_SET_PDEATHSIG = 1
 LOG_FORMAT = '{"time":"%Y-%m-%dT%T.%eZ","level":"%l","logger":"envoy.%n","message":"%j"}'
 
 
@@ -79,7 +77,7 @@ class Supervisor:
             configuration = write_configuration(Path(folder), self._config, self._table)
             # before the catalog, since gRPC must not be forked; in its own session, so that Ctrl-C reaches us alone
             envoy = await asyncio.create_subprocess_exec(
-                *envoy_command(configuration), start_new_session=True, preexec_fn=_die_with_parent
+                *envoy_command(configuration), start_new_session=True, preexec_fn=die_with_parent
             )
             try:
                 await self._catalog.start()
@@ -140,12 +138,6 @@ class Supervisor:
             return (await asyncio.wait_for(reader.read(), 5.0)).decode(errors="replace")
         finally:
             writer.close()
-
-
-def _die_with_parent() -> None:
-    """Runs in the child before Envoy: the kernel ends it should the supervisor be killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 async def _end(envoy: asyncio.subprocess.Process) -> None:

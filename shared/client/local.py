@@ -26,6 +26,7 @@ from rich.console import Console
 
 from shared.client.connection import SERVICE_HEADER
 from shared.errors import ConfigurationError, Unreachable
+from shared.processes import die_with_parent
 from shared.services_table import ServicesTable, load_table
 
 STARTUP_SECONDS = 60.0
@@ -104,6 +105,7 @@ def _start(stack: LocalStack, name: str, module: str, environment: Mapping[str, 
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,  # safe here: no thread runs yet
         )
 
 
@@ -161,9 +163,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     demo.set_defaults(command=_demo)
 
 
+def _end_at_sigterm() -> None:
+    """Ends this process as Ctrl-C would, so that everything that it started is stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def _local(options: argparse.Namespace) -> int:
+    _end_at_sigterm()
     console = Console()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with console.status("starting"), contextlib.ExitStack() as running:
         stack = running.enter_context(local_stack(options.logs))
         stay = running.pop_all()
@@ -181,6 +188,7 @@ def _local(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    _end_at_sigterm()
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as running:

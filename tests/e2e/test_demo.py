@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 
 from shared.services_table import load_table
 
@@ -86,3 +88,40 @@ def test_taken_port_is_said_before_anything_starts():
         done = subprocess.run([*USAGI, "local"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert f"port {port} (gateway) is taken" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_nothing_outlives_the_command(tmp_path, number):
+    """Even after kill -9: the kernel ends the children."""
+    marker = f"usagi-test-{number}-{os.getpid()}"
+    code = (
+        "import pathlib, sys, time; from shared.client.local import _end_at_sigterm, local_stack; _end_at_sigterm()\n"
+        "with local_stack(pathlib.Path(sys.argv[1]), free_ports=True):\n    print('up', flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "USAGI_REPLICA": marker}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout.readline() == b"up\n"
+    assert len(marked(marker)) >= 3, "the command, vision, the gateway"
+    process.send_signal(number)
+    process.wait(30)
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while marked(marker):
+        assert time.monotonic() < deadline, marked(marker)
+        time.sleep(0.05)
+
+
+def marked(marker):
+    """Processes whose environment holds the marker."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if marker.encode() in entry.read_bytes():
+                found.append(entry.parent.name)
+    return found
