@@ -11,6 +11,9 @@ import time
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 """Request id of the call that the current task answers; every log line of that task carries it."""
 
+trace_id: contextvars.ContextVar[str] = contextvars.ContextVar("trace_id", default="")
+"""W3C trace id of that call, 32 hex digits: the caller's, or this process's own; empty without a trace."""
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -32,6 +35,8 @@ class JsonFormatter(logging.Formatter):
         }
         if request_id.get():
             entry["request_id"] = request_id.get()
+        if trace_id.get():
+            entry["trace_id"] = trace_id.get()
         entry.update({key: value for key, value in vars(record).items() if key not in _STANDARD})
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field, replace
 from shared.config import from_environment
 from shared.errors import ConfigurationError
 from shared.services_table import ServicesTable, load_table
+from shared.trace_settings import TraceSettings, trace_settings
 
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?"
 OVERRIDE = "USAGI_UPSTREAM_"
+NOT_READ = ("USAGI_ADDRESSES", "USAGI_TRACES")
+"""Fields that come from elsewhere than the variable of their name."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class GatewayConfig:
         drain_seconds: after SIGTERM, the longest wait for running calls.
         log_level: DEBUG, INFO, WARNING or ERROR.
         addresses: upstream of each service, from `upstreams` and `USAGI_UPSTREAM_<SERVICE>=host:port`.
+        traces: where spans go, from OpenTelemetry's own variables (shared/trace_settings.py); None for nowhere.
     """
 
     gateway_host: str = "127.0.0.1"
@@ -54,6 +58,7 @@ class GatewayConfig:
     drain_seconds: float = 20.0
     log_level: str = "INFO"
     addresses: Mapping[str, Address] = field(default_factory=dict)
+    traces: TraceSettings | None = None
 
     @property
     def reachable_at(self) -> Address:
@@ -86,7 +91,7 @@ def load_config(environ: Mapping[str, str] | None = None, table: ServicesTable |
     problems: list[str] = []
     config = GatewayConfig()
     try:
-        config = from_environment(GatewayConfig, {key: environ[key] for key in environ if key != "USAGI_ADDRESSES"})
+        config = from_environment(GatewayConfig, {key: environ[key] for key in environ if key not in NOT_READ})
     except ConfigurationError as error:
         problems.append(error.message)
     addresses = default_addresses(table, config.upstreams)
@@ -99,6 +104,11 @@ def load_config(environ: Mapping[str, str] | None = None, table: ServicesTable |
             addresses[name] = _parse_address(environ[variable])
         except ValueError:
             problems.append(f"{variable}={environ[variable]!r} is not host:port")
+    traces = None
+    try:
+        traces = trace_settings(environ)
+    except ConfigurationError as error:
+        problems.append(error.message)
     if problems:
         raise ConfigurationError("; ".join(problems))
     network_metrics = table.gateway.metrics_port if config.upstreams == "network" else 0
@@ -109,6 +119,7 @@ def load_config(environ: Mapping[str, str] | None = None, table: ServicesTable |
         admin_port=config.admin_port or table.gateway.admin_port,
         metrics_port=config.metrics_port or network_metrics,
         addresses=addresses,
+        traces=traces,
     )
 
 

@@ -10,6 +10,7 @@ from services.gateway.descriptors import COMMON_SERVICES, REFLECTION, descriptor
 from services.gateway.filters import http_filters
 from services.gateway.local_replies import local_reply_config
 from services.gateway.routes import CATALOG, route_config
+from services.gateway.tracing import otlp_cluster, runtime, tracing
 from shared.services_table import ServicesTable
 
 Json = dict[str, Any]
@@ -35,7 +36,7 @@ ACCESS_LOG = {
     "bytes_in": "%BYTES_RECEIVED%",
     "bytes_out": "%BYTES_SENT%",
     "request_id": "%REQ(X-REQUEST-ID)%",
-    "traceparent": "%REQ(TRACEPARENT)%",
+    "trace_id": "%TRACE_ID%",
 }
 
 
@@ -47,10 +48,13 @@ def bootstrap(config: GatewayConfig, table: ServicesTable) -> Json:
     if config.metrics_port:
         listeners.append(_metrics_listener(config))
         clusters.append(_admin_cluster(config))
+    if config.traces:
+        clusters.append(otlp_cluster(config.traces))
     return {
         "node": {"id": "gateway", "cluster": "usagi"},
         "admin": {"address": _address(Address(LOOPBACK, config.admin_port))},
         "overload_manager": _overload_manager(),
+        "layered_runtime": runtime(config.traces),
         "static_resources": {"listeners": listeners, "clusters": clusters},
     }
 
@@ -95,9 +99,11 @@ def _connection_manager(config: GatewayConfig, table: ServicesTable) -> Json:
         "generate_request_id": True,
         "preserve_external_request_id": True,
         "always_set_request_id_in_response": True,
+        "request_id_extension": {"typed_config": _request_ids()},
         "stream_idle_timeout": "0s",  # the default, 5 minutes, would cut a quiet health Watch
         "request_headers_timeout": "10s",
         "drain_timeout": "1s",
+        **({"tracing": tracing(config.traces)} if config.traces else {}),
         "access_log": [_access_log()],
         "local_reply_config": local_reply_config(limit),
         "route_config": route_config(table, config.cors_origins),
@@ -109,6 +115,12 @@ def _connection_manager(config: GatewayConfig, table: ServicesTable) -> Json:
             max_json_bytes=json_bytes(limit),
         ),
     }
+
+
+def _request_ids() -> Json:
+    """A caller's id stays as it came, and whether a call is traced does not hang on it: it need not be a UUID."""
+    kind = "envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig"
+    return _typed(kind, pack_trace_reason=False, use_request_id_for_trace_sampling=False)
 
 
 def _access_log() -> Json:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from services.gateway.descriptors import client_streaming_methods
+from services.gateway.tracing import untraced
 from shared.services_table import Service, ServicesTable
 
 CATALOG = "catalog"
@@ -38,8 +39,8 @@ def route_config(table: ServicesTable, cors_origins: str) -> Json:
 
 def _virtual_host(name: str, authorities: list[str], otherwise: str, table: ServicesTable, cors_origins: str) -> Json:
     routes = [route for service in table.services.values() for route in _typed_routes(service)]
-    routes += _header_routes(table.services)
-    routes.append(_route({"prefix": "/"}, otherwise))
+    others = [*_header_routes(table.services), _route({"prefix": "/"}, otherwise)]
+    routes += [*(untraced(route) for route in others), *others]
     return {
         "name": name,
         "domains": authorities,

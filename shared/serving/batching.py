@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shared.errors import DeadlinePassed, Overloaded
+from shared.serving.calls import CallScope, current_call
 from shared.serving.session import Array, Arrays, Session
 
 
@@ -43,20 +44,28 @@ class BatchResult(NamedTuple):
     infer_seconds: float
 
 
+class BatchReport(NamedTuple):
+    """How a batch ran: its rows, time.perf_counter() of its start, its seconds, and of each item, oldest first, the
+    call that it belongs to and time.perf_counter() of its arrival in the queue."""
+
+    rows: int
+    started: float
+    seconds: float
+    calls: list[CallScope | None]
+    enqueued: list[float]
+
+
 class BatchObserver:
     """What the batcher tells the outside; telemetry overrides it. All calls come from the event loop."""
 
-    def rejected(self) -> None:
-        """An item was refused since the queue was full."""
+    def rejected(self, reason: str) -> None:
+        """An item was refused before it waited; `reason` is `queue_full`."""
 
     def dropped(self, reason: str) -> None:
         """An item was dropped before it ran; `reason` is `deadline` or `cancelled`."""
 
-    def ran(self, batch_size: int, infer_seconds: float) -> None:
+    def ran(self, report: BatchReport) -> None:
         """A batch ran."""
-
-    def waited(self, queue_seconds: float) -> None:
-        """An item of a batch left the queue."""
 
 
 @dataclass(eq=False)
@@ -67,6 +76,7 @@ class _Item:
     deadline: float
     future: asyncio.Future[BatchResult]
     enqueued: float = field(default_factory=time.perf_counter)
+    call: CallScope | None = field(default_factory=current_call.get)
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,7 @@ class Batcher:
 
     def refusal(self) -> Overloaded:
         """The error of a request that finds no place; it counts as rejected."""
-        self._observer.rejected()
+        self._observer.rejected("queue_full")
         return Overloaded(
             f"all {self.capacity} places of the queue are taken; come back later",
             retry_after=self._drain_seconds(),
@@ -249,12 +259,12 @@ class Batcher:
         """Hands the outcome to the callers."""
         rows = sum(item.rows for item in batch)
         self._recent_seconds += 0.2 * (outcome.seconds - self._recent_seconds)
-        self._observer.ran(rows, outcome.seconds)
+        calls, enqueued = [item.call for item in batch], [item.enqueued for item in batch]
+        self._observer.ran(BatchReport(rows, outcome.started, outcome.seconds, calls, enqueued))
         start = 0
         for item in batch:
             stop = start + item.rows
             queue_seconds = outcome.started - item.enqueued
-            self._observer.waited(queue_seconds)
             if item.future.done():
                 pass  # the caller left while it ran
             elif outcome.outputs is None:

@@ -1,12 +1,118 @@
-"""What a servicer asks of the call that it answers."""
+"""The call that the current task answers: its ids, its deadline, and what is reported about it.
+
+A server's front makes one CallScope for each call, whatever carries the bytes: `MethodObserver.begin` when it arrives,
+`CallScope.finish` when it is answered. Everything below finds it in `current_call`.
+"""
 
 from __future__ import annotations
 
+import contextvars
+import logging
+import re
+import secrets
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from shared.logs import request_id, trace_id
+
+access_log = logging.getLogger("usagi.access")
+
+REQUEST_ID = "x-request-id"
+TRACE_PARENT = "traceparent"
+TRACE_STATE = "tracestate"
+MAX_ID = 128
+_TRACE_PARENT = re.compile(r"([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+
+Metadata = Iterable[tuple[str, str | bytes]]
+
+current_call: contextvars.ContextVar[CallScope | None] = contextvars.ContextVar("current_call", default=None)
+"""The call that the current task answers; None outside of calls, such as when a model is warmed."""
 
 
 def deadline_of(context: Any) -> float:
     """time.monotonic() at which the caller's deadline passes; infinity without one."""
     remaining = context.time_remaining()
     return float("inf") if remaining is None else time.monotonic() + float(remaining)
+
+
+class TraceParent:
+    """Where a caller's trace stands: the W3C header `traceparent`, and `tracestate` as it came."""
+
+    __slots__ = ("sampled", "span_id", "state", "trace_id")
+
+    def __init__(self, trace_id: str, span_id: str, sampled: bool, state: str = "") -> None:
+        self.trace_id, self.span_id, self.sampled, self.state = trace_id, span_id, sampled, state
+
+    @classmethod
+    def parse(cls, header: str, state: str = "") -> TraceParent | None:
+        """None for what W3C Trace Context says to ignore: another form, version ff, ids of zeros."""
+        match = _TRACE_PARENT.fullmatch(header)
+        if match is None or match[1] == "ff" or (match[1] == "00" and match[5]):
+            return None
+        return cls(match[2], match[3], bool(int(match[4], 16) & 1), state)
+
+
+class CallSpan(Protocol):
+    """The span of a call that is being traced; see shared/serving/tracing.py."""
+
+    trace_id: str
+
+    def stage(self, name: str, started: float, seconds: float, attributes: dict[str, Any], batch: Any = None) -> None:
+        """Adds a finished child; `started` is a time.perf_counter(), `batch` the span of the batch that it ran in."""
+
+    def end(self, code: str, message: str) -> None:
+        """Ends the span with the call's gRPC code."""
+
+
+class MethodReports(Protocol):
+    """What a CallScope reports to; see shared/serving/telemetry.py."""
+
+    method: str
+
+    def start_span(self, parent: TraceParent | None, request_id: str) -> CallSpan | None:
+        """The span of a call that is to be traced."""
+
+    def ended(self, code: str, seconds: float) -> None:
+        """A call was answered."""
+
+
+class CallScope:
+    """One call from its arrival to its answer.
+
+    Attributes:
+        method: full name, `/package.Service/Method`; `unknown` for methods that do not exist, so that no caller can
+            make up labels.
+        request_id: the caller's or the gateway's, or a new one.
+        span: set while the call is traced.
+        answered_by: fields of the access log that the engine adds: model, version, variant, batch.
+    """
+
+    __slots__ = ("_reports", "_started", "answered_by", "method", "request_id", "span")
+
+    def __init__(self, reports: MethodReports, metadata: Metadata) -> None:
+        self._started = time.perf_counter()
+        self._reports = reports
+        self.method = reports.method
+        self.answered_by: dict[str, Any] = {}
+        found = {str(key): value for key, value in metadata if key in (REQUEST_ID, TRACE_PARENT, TRACE_STATE)}
+        self.request_id = str(found.get(REQUEST_ID, ""))[:MAX_ID] or secrets.token_hex(16)
+        parent = None
+        if TRACE_PARENT in found:
+            parent = TraceParent.parse(str(found[TRACE_PARENT]), str(found.get(TRACE_STATE, "")))
+        self.span = reports.start_span(parent, self.request_id)
+        request_id.set(self.request_id)
+        trace_id.set(self.span.trace_id if self.span else parent.trace_id if parent else "")
+        current_call.set(self)
+
+    def finish(self, code: str, message: str = "") -> None:
+        """Counts, logs and ends the call; `code` is the name of its gRPC code."""
+        seconds = time.perf_counter() - self._started
+        self._reports.ended(code, seconds)
+        if self.span is not None:
+            self.span.end(code, message)
+        if access_log.isEnabledFor(logging.INFO):
+            fields = {"method": self.method, "code": code, "ms": round(seconds * 1000, 3), **self.answered_by}
+            if message:
+                fields["error"] = message
+            access_log.info("call", extra=fields)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from shared.errors import DeadlinePassed
 from shared.serving.batching import ComputePool
@@ -18,6 +18,10 @@ from shared.serving.cpu import compute_threads
 from shared.serving.repository import ModelRepository, RepositoryOptions
 from shared.serving.session import OnnxSession, Session
 from shared.serving.telemetry import Telemetry
+from shared.trace_settings import trace_settings
+
+if TYPE_CHECKING:
+    from shared.serving.tracing import Tracing
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -30,15 +34,23 @@ class Engine:
         service: the domain.
         config: see ServingConfig.
         open_session: makes a session from the path of a graph; tests pass their own.
+        tracing: makes spans; None means as OpenTelemetry's variables say, which is not at all without them.
+
+    Raises:
+        ConfigurationError: OpenTelemetry's variables cannot be used.
     """
 
     def __init__(
-        self, service: str, config: ServingConfig, open_session: Callable[[Path], Session] | None = None
+        self,
+        service: str,
+        config: ServingConfig,
+        open_session: Callable[[Path], Session] | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         workers = config.threads or compute_threads()
         self.service = service
         self.config = config
-        self.telemetry = Telemetry(service)
+        self.telemetry = Telemetry(service, tracing or tracing_from_environment(service, config.replica))
         self.pool = ComputePool(workers)
         self._offload = ThreadPoolExecutor(workers, thread_name_prefix="pre")
         options = RepositoryOptions(
@@ -86,3 +98,14 @@ class Engine:
         """Ends the threads after their work."""
         self._offload.shutdown(wait=True)
         self.pool.close()
+        self.telemetry.close()
+
+
+def tracing_from_environment(service: str, replica: str) -> Tracing | None:
+    """What OpenTelemetry's variables ask for; its SDK is imported only then."""
+    settings = trace_settings()
+    if settings is None:
+        return None
+    from shared.serving.tracing import Tracing
+
+    return Tracing(service, replica, settings)

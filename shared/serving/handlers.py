@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,16 +17,13 @@ import grpc.aio
 from grpc_status import rpc_status
 
 from shared.errors import InvalidInput, NotSupported, Unreachable
-from shared.logs import request_id
 from shared.serving.batching import Batcher
+from shared.serving.calls import REQUEST_ID
 from shared.serving.status import to_status, trailers_of
-from shared.serving.telemetry import Telemetry
+from shared.serving.telemetry import MethodObserver, Telemetry
 
 log = logging.getLogger(__name__)
-access_log = logging.getLogger("usagi.access")
 
-REQUEST_ID = "x-request-id"
-MAX_ID = 128
 QUIET = ("/grpc.health.", "/grpc.reflection.")
 """Methods whose calls are neither logged nor counted."""
 
@@ -45,20 +40,16 @@ class CallHandlers(grpc.GenericRpcHandler):
     """All methods of a server, wrapped; generated `add_*_to_server` functions take it for the server.
 
     Args:
-        service: the domain, for logs, metrics and ErrorInfo.
-        telemetry: counts the calls.
+        telemetry: is told of every call.
         overload: gives a batcher when no model can take a call; then inference is refused before its message is read.
     """
 
-    def __init__(
-        self, service: str, telemetry: Telemetry, overload: Callable[[], Batcher | None] = lambda: None
-    ) -> None:
-        self._service = service
+    def __init__(self, telemetry: Telemetry, overload: Callable[[], Batcher | None] = lambda: None) -> None:
         self._telemetry = telemetry
         self._overload = overload
         self._handlers: dict[str, Handler] = {}
         self._refusals: dict[str, Handler] = {}
-        self._unknown = CallObserver(service, "unknown", telemetry)
+        self._unknown = telemetry.method("unknown")
 
     def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
         """gRPC's way to register a service; the methods come by `add_registered_method_handlers`."""
@@ -70,7 +61,7 @@ class CallHandlers(grpc.GenericRpcHandler):
             if method.startswith(QUIET):
                 self._handlers[method] = handler
                 continue
-            observer = CallObserver(self._service, method, self._telemetry)
+            observer = self._telemetry.method(method)
             self._handlers[method] = wrap_handler(handler, observer)
             if not (handler.request_streaming or handler.response_streaming or method.startswith(CONTROL)):
                 self._refusals[method] = wrap_handler(self._refusing(), observer)
@@ -93,25 +84,7 @@ class CallHandlers(grpc.GenericRpcHandler):
         return grpc.stream_unary_rpc_method_handler(refuse)
 
 
-class CallObserver:
-    """The metrics of one method, looked up once."""
-
-    def __init__(self, service: str, method: str, telemetry: Telemetry) -> None:
-        self.service, self.method = service, method
-        self.inflight = telemetry.inflight.labels(service)
-        self.seconds = telemetry.request_seconds.labels(service, method)
-        self._requests = telemetry.requests
-        self._counters: dict[str, Any] = {}
-
-    def count(self, code: str) -> None:
-        """Counts a call by its code."""
-        counter = self._counters.get(code)
-        if counter is None:
-            counter = self._counters[code] = self._requests.labels(self.service, self.method, code)
-        counter.inc()
-
-
-def wrap_handler(handler: Handler, observer: CallObserver) -> Handler:
+def wrap_handler(handler: Handler, observer: MethodObserver) -> Handler:
     """A handler of the same kind that observes its calls and maps their errors."""
     parse = _parse_stream if handler.request_streaming else _parse
     kind = ("stream" if handler.request_streaming else "unary") + (
@@ -120,14 +93,25 @@ def wrap_handler(handler: Handler, observer: CallObserver) -> Handler:
     wrap = _streaming if handler.response_streaming else _unary
     behaviour = wrap(getattr(handler, kind), parse, handler.request_deserializer, observer)
     make = getattr(grpc, f"{kind}_rpc_method_handler")
-    return make(behaviour, response_serializer=handler.response_serializer)
+    return make(behaviour, response_serializer=_measured(handler.response_serializer, observer))
 
 
-def _unary(behaviour: Any, parse: Any, deserialize: Any, observer: CallObserver) -> Any:
+def _measured(serialize: Callable[[Any], bytes] | None, observer: MethodObserver) -> Callable[[Any], bytes]:
+    """Serialises an answer and counts its bytes."""
+
+    def measured(response: Any) -> bytes:
+        body: bytes = response if serialize is None else serialize(response)
+        observer.sent(len(body))
+        return body
+
+    return measured
+
+
+def _unary(behaviour: Any, parse: Any, deserialize: Any, observer: MethodObserver) -> Any:
     async def call(request: Any, context: Any) -> Any:
         record = _CallRecord(observer, context)
         try:
-            response = await behaviour(parse(request, deserialize), context)
+            response = await behaviour(parse(request, deserialize, observer), context)
         except asyncio.CancelledError:
             record.finish(grpc.StatusCode.CANCELLED)
             raise
@@ -140,11 +124,11 @@ def _unary(behaviour: Any, parse: Any, deserialize: Any, observer: CallObserver)
     return call
 
 
-def _streaming(behaviour: Any, parse: Any, deserialize: Any, observer: CallObserver) -> Any:
+def _streaming(behaviour: Any, parse: Any, deserialize: Any, observer: MethodObserver) -> Any:
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
         record = _CallRecord(observer, context)
         try:
-            async for response in behaviour(parse(request, deserialize), context):
+            async for response in behaviour(parse(request, deserialize, observer), context):
                 yield response
         except (asyncio.CancelledError, GeneratorExit):
             record.finish(grpc.StatusCode.CANCELLED)
@@ -158,45 +142,34 @@ def _streaming(behaviour: Any, parse: Any, deserialize: Any, observer: CallObser
 
 
 class _CallRecord:
-    """One call from arrival to answer."""
+    """One call from arrival to answer, on gRPC's side: its trailers and its status."""
 
-    def __init__(self, observer: CallObserver, context: Any) -> None:
-        self._started = time.perf_counter()
+    def __init__(self, observer: MethodObserver, context: Any) -> None:
         self._observer, self._context = observer, context
-        self._id = next((str(value)[:MAX_ID] for key, value in context.invocation_metadata() if key == REQUEST_ID), "")
-        self._id = self._id or secrets.token_hex(16)
-        request_id.set(self._id)
-        context.set_trailing_metadata(((REQUEST_ID, self._id),))
-        observer.inflight.inc()
+        self._scope = observer.begin(context.invocation_metadata())
+        context.set_trailing_metadata(((REQUEST_ID, self._scope.request_id),))
 
     async def fail(self, error: Exception) -> None:
         """Ends the call with the rich status of `error`, without a message: JSON transcoding relies on that."""
         if isinstance(error, grpc.aio.AbortError):  # the servicer set the status itself
             self.finish(self._context.code())
             return
-        status = to_status(error, self._observer.service, self._id)
+        request_id = self._scope.request_id
+        status = to_status(error, self._observer.service, request_id)
         rich = rpc_status.to_status(status)
         if rich.code is grpc.StatusCode.INTERNAL:
             log.error("unexpected error", exc_info=error, extra={"method": self._observer.method})
         self.finish(rich.code, status.message)
-        trailers = (*rich.trailing_metadata, (REQUEST_ID, self._id), *trailers_of(error))
+        trailers = (*rich.trailing_metadata, (REQUEST_ID, request_id), *trailers_of(error))
         await self._context.abort(rich.code, rich.details, trailing_metadata=trailers)
 
     def finish(self, code: grpc.StatusCode, message: str = "") -> None:
-        """Counts and logs the call."""
-        seconds = time.perf_counter() - self._started
-        observer = self._observer
-        observer.inflight.dec()
-        observer.count(code.name)
-        observer.seconds.observe(seconds)
-        if access_log.isEnabledFor(logging.INFO):
-            fields = {"method": observer.method, "code": code.name, "ms": round(seconds * 1000, 3)}
-            if message:
-                fields["error"] = message
-            access_log.info("call", extra=fields)
+        """Counts, logs and traces the call."""
+        self._scope.finish(code.name, message)
 
 
-def _parse(request: bytes, deserialize: Callable[[bytes], Any] | None) -> Any:
+def _parse(request: bytes, deserialize: Callable[[bytes], Any] | None, observer: MethodObserver) -> Any:
+    observer.received(len(request))
     if deserialize is None:
         return request
     try:
@@ -208,10 +181,10 @@ def _parse(request: bytes, deserialize: Callable[[bytes], Any] | None) -> Any:
 
 
 async def _parse_stream(
-    requests: AsyncIterator[bytes], deserialize: Callable[[bytes], Any] | None
+    requests: AsyncIterator[bytes], deserialize: Callable[[bytes], Any] | None, observer: MethodObserver
 ) -> AsyncIterator[Any]:
     async for request in requests:
-        yield _parse(request, deserialize)
+        yield _parse(request, deserialize, observer)
 
 
 def _unknown_method(method: str) -> Handler:

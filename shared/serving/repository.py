@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from pathlib import Path
 from shared.artifacts import CARD_NAME, MANIFEST_NAME, ArtifactError, Manifest, read_manifest, verify_variant
 from shared.errors import ModelNotFound, ModelUnavailable, Unreachable, UsagiError
 from shared.serving.batching import Batcher, BatchLimits, ComputePool
+from shared.serving.model_observer import ModelObserver
 from shared.serving.session import OnnxSession, Session, zeros_for
-from shared.serving.telemetry import ModelObserver, Telemetry
+from shared.serving.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +179,7 @@ class ModelRepository:
 
     def _fail(self, version: ModelVersion, reason: str) -> None:
         version.state, version.reason = State.FAILED, reason
+        self._telemetry.load_failures.inc()
         log.error("model failed", extra={"model": version.name, "version": version.version, "reason": reason})
 
     def _retire(self, version: ModelVersion, reason: str) -> None:
@@ -190,11 +193,17 @@ class ModelRepository:
         async with version.lock:
             if variant in version.loaded:
                 return version.loaded[variant]
+            started = time.perf_counter()
             served = await asyncio.to_thread(self._open, version, variant)
             version.loaded[variant] = served
             version.state, version.reason = State.READY, ""
-            self._telemetry.model_info.labels(version.name, str(version.version), variant).set(1)
-            log.info("loaded", extra={"model": version.name, "version": version.version, "variant": variant})
+            seconds, size = time.perf_counter() - started, served.manifest.variants[variant].bytes
+            batcher = served.batcher
+            self._telemetry.loaded(
+                served.observer.labels, seconds=seconds, size_bytes=size, depth=lambda: batcher.depth
+            )
+            names = {"model": version.name, "version": version.version, "variant": variant}
+            log.info("loaded", extra={**names, "seconds": round(seconds, 3)})
             return served
 
     def _open(self, version: ModelVersion, name: str) -> ServedVariant:
@@ -218,7 +227,6 @@ class ModelRepository:
         observer = self._telemetry.observer(version.name, str(version.version), name)
         limits = BatchLimits(max_batch=variant.max_batch, queue_size=self._options.queue_size)
         batcher = Batcher(session, self._pool, limits, observer)
-        self._telemetry.queue_depth.labels(*observer.labels).set_function(lambda: batcher.depth)
         return ServedVariant(manifest, name, batcher, observer)
 
     def find(self, name: str, version: str = "") -> ModelVersion:
@@ -258,8 +266,10 @@ class ModelRepository:
         """
         served = await self.variant(self.find(name, version), variant)
         served.leases += 1
+        started = time.perf_counter()
         try:
             yield served
+            served.observer.whole.observe(time.perf_counter() - started)
         finally:
             served.leases -= 1
 
@@ -279,6 +289,7 @@ class ModelRepository:
         try:
             return await self._load(version, name)
         except ArtifactError as error:
+            self._telemetry.load_failures.inc()
             log.error("variant failed", extra={**metadata, "variant": name, "reason": error.message})
             raise ModelUnavailable(error.message, metadata={**metadata, "variant": name}) from error
 

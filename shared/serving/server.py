@@ -99,7 +99,7 @@ class ModelServer:
         Raises:
             ConfigurationError: the port is taken.
         """
-        handlers = CallHandlers(self.engine.service, self.engine.telemetry, self.engine.repository.overload)
+        handlers = CallHandlers(self.engine.telemetry, self.engine.repository.overload)
         registry: Any = handlers  # it takes registrations as a server does
         self._services = [*self._register(self.engine, registry), *COMMON_SERVICES]
         model_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.engine), registry)

@@ -1,112 +1,203 @@
-"""Prometheus metrics of a serving process: seconds and bytes, histograms for every stage, labels of bounded number."""
+"""What a serving process tells about itself: Prometheus metrics of every stage, and spans when tracing is on.
+
+Seconds and bytes are the units. Labels are bounded: methods are those that exist, models, versions and variants those
+that are loaded, so nothing that a caller sends becomes a label; of variants that left memory the last KEPT_SERIES stay.
+docs/observability.md lists every metric.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import platform
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
-from shared.serving.batching import BatchObserver
+from shared.serving.calls import CallScope, CallSpan, Metadata, TraceParent
+from shared.serving.model_observer import STAGES, ModelObserver, Stage
+
+if TYPE_CHECKING:
+    from shared.serving.tracing import Tracing
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+BYTES = (256, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576, 4_194_304, 16_777_216)
 MODEL = ("model", "version", "variant")
+Labels = tuple[str, str, str]
+"""Values of MODEL."""
+METHOD = ("service", "method")
+KEPT_SERIES = 32
+"""Variants out of memory whose counters stay; Prometheus has seen them long before they go."""
+
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of no use here
 
 
 class Telemetry:
-    """All metrics of one serving process, in a registry of its own, so that tests can run several servers at once."""
+    """All metrics and spans of one serving process, in a registry of its own, so that tests can run several at once.
 
-    def __init__(self, service: str) -> None:
+    Args:
+        service: the domain.
+        tracing: makes spans; None for none.
+    """
+
+    def __init__(self, service: str, tracing: Tracing | None = None) -> None:
         self.service = service
+        self.tracing = tracing
         self.registry = CollectorRegistry()
+        self._retired: dict[Labels, None] = {}  # insertion-ordered: the first went first
         registry = self.registry
-        self.requests = Counter(
-            "usagi_requests", "Calls answered, by gRPC code.", ("service", "method", "code"), registry=registry
-        )
+        ProcessCollector(registry=registry)
+        build = Gauge("usagi_build_info", "1, with what runs here.", ("service", "python"), registry=registry)
+        build.labels(service, platform.python_version()).set(1)
+
+        self.requests = Counter("usagi_requests", "Calls answered, by gRPC code.", (*METHOD, "code"), registry=registry)
         self.request_seconds = Histogram(
             "usagi_request_duration_seconds",
-            "Seconds from the call's arrival to its answer.",
-            ("service", "method"),
+            "Seconds from a call's arrival to its answer.",
+            METHOD,
             buckets=SECONDS,
             registry=registry,
         )
+        self.request_bytes = Histogram(
+            "usagi_request_bytes", "Bytes of each message received.", METHOD, buckets=BYTES, registry=registry
+        )
+        self.response_bytes = Histogram(
+            "usagi_response_bytes", "Bytes of each message sent.", METHOD, buckets=BYTES, registry=registry
+        )
         self.inflight = Gauge("usagi_inflight_requests", "Calls being answered now.", ("service",), registry=registry)
-        self.stage_seconds = {
-            stage: Histogram(
-                f"usagi_inference_{stage}_duration_seconds",
-                f"Seconds of the stage {stage}.",
-                MODEL,
-                buckets=SECONDS,
-                registry=registry,
-            )
-            for stage in ("queue", "preprocess", "infer", "postprocess")
-        }
+
+        self.stage_seconds = Histogram(
+            "usagi_stage_duration_seconds",
+            "Seconds of one stage of an inference.",
+            (*MODEL, "method", "stage"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.inference_seconds = Histogram(
+            "usagi_inference_duration_seconds",
+            "Seconds of an inference, from the choice of the model to its result.",
+            (*MODEL, "method"),
+            buckets=SECONDS,
+            registry=registry,
+        )
         self.batch_size = Histogram(
             "usagi_batch_size", "Items that ran together.", MODEL, buckets=SIZES, registry=registry
         )
-        self.session_runs = Counter("usagi_session_runs", "Runs of a graph.", MODEL, registry=registry)
-        self.items = Counter("usagi_items", "Items that ran through a graph.", MODEL, registry=registry)
-        self.rejected = Counter("usagi_rejected", "Items refused since the queue was full.", MODEL, registry=registry)
-        self.dropped = Counter("usagi_dropped", "Items dropped before they ran.", (*MODEL, "reason"), registry=registry)
+        self.batch_seconds = Histogram(
+            "usagi_batch_duration_seconds", "Seconds of a batch.", MODEL, buckets=SECONDS, registry=registry
+        )
+        self.rejected = Counter(
+            "usagi_rejected", "Items refused before they waited.", (*MODEL, "reason"), registry=registry
+        )
+        self.dropped = Counter(
+            "usagi_dropped", "Items dropped while they waited.", (*MODEL, "reason"), registry=registry
+        )
+        self._kept = (
+            *(self.stage_seconds, self.inference_seconds, self.batch_size, self.batch_seconds),
+            *(self.rejected, self.dropped),
+        )
         self.queue_depth = Gauge("usagi_queue_depth", "Items that wait now.", MODEL, registry=registry)
         self.model_info = Gauge("usagi_model_info", "1 for every variant in memory.", MODEL, registry=registry)
+        self.model_bytes = Gauge(
+            "usagi_model_bytes", "Bytes of the weights of a variant in memory.", MODEL, registry=registry
+        )
+        self.load_seconds = Gauge(
+            "usagi_model_load_seconds", "Seconds that loading and warming a variant took.", MODEL, registry=registry
+        )
+        self._gauges = (self.queue_depth, self.model_info, self.model_bytes, self.load_seconds)
+        self.load_failures = Counter(
+            "usagi_model_load_failures", "Loads that failed.", ("service",), registry=registry
+        ).labels(service)
+
+    def method(self, name: str) -> MethodObserver:
+        """What the calls of a method report to; the label lookups are done once, here."""
+        return MethodObserver(self, name)
 
     def observer(self, model: str, version: str, variant: str) -> ModelObserver:
-        """What a model's batcher reports to; the label lookups are done once, here."""
+        """What a variant's batcher and predictor report to; the label lookups are done once, here."""
         labels = (model, version, variant)
+        self._retired.pop(labels, None)
+
+        def stage(name: str) -> Stage:
+            return Stage(name, labels, lambda method: self.stage_seconds.labels(*labels, method, name))
+
         return ModelObserver(
-            telemetry=self,
             labels=labels,
-            queue=self.stage_seconds["queue"].labels(*labels),
-            preprocess=self.stage_seconds["preprocess"].labels(*labels),
-            infer=self.stage_seconds["infer"].labels(*labels),
-            postprocess=self.stage_seconds["postprocess"].labels(*labels),
-            batch=self.batch_size.labels(*labels),
-            runs=self.session_runs.labels(*labels),
-            items=self.items.labels(*labels),
+            tracing=self.tracing,
+            stages={name: stage(name) for name in STAGES},
+            whole=Stage("", labels, lambda method: self.inference_seconds.labels(*labels, method)),
+            batch_size=self.batch_size.labels(*labels),
+            batch_seconds=self.batch_seconds.labels(*labels),
+            rejected=self.rejected,
+            dropped=self.dropped,
         )
 
+    def loaded(self, labels: Labels, *, seconds: float, size_bytes: int, depth: Callable[[], int]) -> None:
+        """A variant is in memory.
+
+        Args:
+            labels: model, version, variant.
+            seconds: what loading and warming took.
+            size_bytes: of its weights.
+            depth: gives the items that wait for it.
+        """
+        self.model_info.labels(*labels).set(1)
+        self.model_bytes.labels(*labels).set(size_bytes)
+        self.load_seconds.labels(*labels).set(seconds)
+        self.queue_depth.labels(*labels).set_function(depth)
+
     def forget(self, model: str, version: str, variant: str) -> None:
-        """Ends the gauges of a variant that left memory; its counters stay, as counters must."""
-        self.model_info.remove(model, version, variant)
-        self.queue_depth.remove(model, version, variant)
+        """A variant left memory: its gauges end now, its counters after KEPT_SERIES others have gone too."""
+        for gauge in self._gauges:
+            gauge.remove(model, version, variant)
+        self._retired[(model, version, variant)] = None
+        while len(self._retired) > KEPT_SERIES:
+            oldest = next(iter(self._retired))
+            del self._retired[oldest]
+            for metric in self._kept:
+                metric.remove_by_labels(dict(zip(MODEL, oldest, strict=True)))
 
     def serve(self, host: str, port: int) -> WSGIServer:
         """Serves /metrics on a thread of its own; close with `shutdown()` and `server_close()`."""
         server, _ = start_http_server(port, addr=host, registry=self.registry)
         return server
 
+    def close(self) -> None:
+        """Sends the spans that wait."""
+        if self.tracing is not None:
+            self.tracing.close()
 
-@dataclass(frozen=True)
-class ModelObserver(BatchObserver):
-    """Reports one variant's batches to the telemetry."""
 
-    telemetry: Telemetry
-    labels: tuple[str, str, str]
-    queue: Histogram
-    preprocess: Histogram
-    infer: Histogram
-    postprocess: Histogram
-    batch: Histogram
-    runs: Counter
-    items: Counter
+class MethodObserver:
+    """The metrics of one method of the server. `begin` is all that a front needs to call when a call arrives."""
 
-    def rejected(self) -> None:
-        """Counts a refusal."""
-        self.telemetry.rejected.labels(*self.labels).inc()
+    def __init__(self, telemetry: Telemetry, method: str) -> None:
+        self.service, self.method = telemetry.service, method
+        labels = (telemetry.service, method)
+        self._tracing = telemetry.tracing
+        self._inflight = telemetry.inflight.labels(telemetry.service)
+        self._seconds = telemetry.request_seconds.labels(*labels)
+        self._requests = telemetry.requests
+        self._counters: dict[str, Counter] = {}
+        self.received = telemetry.request_bytes.labels(*labels).observe
+        self.sent = telemetry.response_bytes.labels(*labels).observe
 
-    def dropped(self, reason: str) -> None:
-        """Counts an item that never ran."""
-        self.telemetry.dropped.labels(*self.labels, reason).inc()
+    def begin(self, metadata: Metadata) -> CallScope:
+        """A call arrived; `metadata` is what came with it."""
+        self._inflight.inc()
+        return CallScope(self, metadata)
 
-    def ran(self, batch_size: int, infer_seconds: float) -> None:
-        """Counts a batch."""
-        self.runs.inc()
-        self.items.inc(batch_size)
-        self.batch.observe(batch_size)
-        self.infer.observe(infer_seconds)
+    def start_span(self, parent: TraceParent | None, request_id: str) -> CallSpan | None:
+        """The span of a call; None if it is not traced."""
+        return self._tracing.start_call(self.method, parent, request_id) if self._tracing is not None else None
 
-    def waited(self, queue_seconds: float) -> None:
-        """Counts an item's wait."""
-        self.queue.observe(queue_seconds)
+    def ended(self, code: str, seconds: float) -> None:
+        """A call was answered."""
+        self._inflight.dec()
+        counter = self._counters.get(code)
+        if counter is None:
+            counter = self._counters[code] = self._requests.labels(self.service, self.method, code)
+        counter.inc()
+        self._seconds.observe(seconds)

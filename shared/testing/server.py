@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.serving.config import ServingConfig
 from shared.serving.engine import Engine
 from shared.serving.server import ModelServer, Register
 from shared.serving.session import Arrays, OnnxSession, Session
+
+if TYPE_CHECKING:
+    from shared.serving.tracing import Tracing
 
 START_SECONDS = 30.0
 
@@ -45,6 +48,7 @@ def running_server(
     config: ServingConfig,
     register: Register = no_services,
     open_session: Callable[[Path], Session] | None = None,
+    tracing: Tracing | None = None,
 ) -> Iterator[RunningServer]:
     """Runs a server on a free port until the block ends.
 
@@ -53,12 +57,13 @@ def running_server(
         config: port and metrics_port are replaced by free ones.
         register: the domain's servicers.
         open_session: see Engine.
+        tracing: see Engine.
     """
     config = dataclasses.replace(config, port=0, metrics_port=0)
     started: Future[tuple[RunningServer, asyncio.Event]] = Future()
 
     async def main() -> None:
-        engine = Engine(service, config, open_session)
+        engine = Engine(service, config, open_session, tracing)
         server = ModelServer(engine, register)
         try:
             await server.start()

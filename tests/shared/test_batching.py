@@ -33,7 +33,7 @@ class Notes(BatchObserver):
     def dropped(self, reason):
         self.drops.append(reason)
 
-    def rejected(self):
+    def rejected(self, reason):
         self.refused += 1
 
 

@@ -1,0 +1,114 @@
+"""What one variant in memory tells: the stages of its inferences and its batches, as metrics and as spans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Counter, Histogram
+
+from shared.serving.batching import BatchObserver, BatchReport
+from shared.serving.calls import CallScope, current_call
+
+if TYPE_CHECKING:
+    from shared.serving.tracing import Tracing
+
+STAGES = ("queue", "preprocess", "infer", "postprocess")
+
+
+class Stage:
+    """A stage of one variant: a histogram for each method that uses it, and a span in the calls that are traced.
+
+    Args:
+        name: of the span; empty for none.
+        labels: model, version, variant.
+        child: gives the histogram of a method; asked once for each.
+    """
+
+    def __init__(self, name: str, labels: tuple[str, str, str], child: Callable[[str], Histogram]) -> None:
+        self._name = name
+        self._attributes = attributes(labels)
+        self._child = child
+        self._methods: dict[str, Histogram] = {}
+
+    def observe(self, seconds: float) -> None:
+        """The stage of the current call ended just now."""
+        call = current_call.get()
+        self.count(call, seconds)
+        if call is not None and call.span is not None and self._name:
+            call.span.stage(self._name, time.perf_counter() - seconds, seconds, self._attributes)
+
+    def count(self, call: CallScope | None, seconds: float) -> None:
+        """The metric alone; without a call, as in a test of the engine, the label `method` is empty."""
+        method = "" if call is None else call.method
+        histogram = self._methods.get(method)
+        if histogram is None:
+            histogram = self._methods[method] = self._child(method)
+        histogram.observe(seconds)
+
+
+class ModelObserver(BatchObserver):
+    """Reports one variant.
+
+    Attributes:
+        labels: model, version, variant.
+        preprocess: the stage; predictors call its `observe` with seconds.
+        postprocess: likewise.
+        whole: the whole inference.
+    """
+
+    def __init__(
+        self,
+        *,
+        labels: tuple[str, str, str],
+        tracing: Tracing | None,
+        stages: Mapping[str, Stage],
+        whole: Stage,
+        batch_size: Histogram,
+        batch_seconds: Histogram,
+        rejected: Counter,
+        dropped: Counter,
+    ) -> None:
+        self.labels = labels
+        self.preprocess, self.postprocess, self.whole = stages["preprocess"], stages["postprocess"], whole
+        self._queue, self._infer = stages["queue"], stages["infer"]
+        self._tracing = tracing
+        self._attributes = attributes(labels)
+        self._batch_size, self._batch_seconds = batch_size, batch_seconds
+        self._rejected, self._dropped = rejected, dropped
+
+    def rejected(self, reason: str) -> None:
+        """Counts a refusal."""
+        self._rejected.labels(*self.labels, reason).inc()
+
+    def dropped(self, reason: str) -> None:
+        """Counts an item that never ran."""
+        self._dropped.labels(*self.labels, reason).inc()
+
+    def ran(self, report: BatchReport) -> None:
+        """Counts a batch and its items, and makes their spans."""
+        self._batch_size.observe(report.rows)
+        self._batch_seconds.observe(report.seconds)
+        model, version, variant = self.labels
+        for call, enqueued in zip(report.calls, report.enqueued, strict=True):
+            self._queue.count(call, report.started - enqueued)
+            self._infer.count(call, report.seconds)
+            if call is not None:
+                call.answered_by = {"model": model, "version": version, "variant": variant, "batch": report.rows}
+        if self._tracing is not None:
+            self._trace(self._tracing, report)
+
+    def _trace(self, tracing: Tracing, report: BatchReport) -> None:
+        spans = [None if call is None else call.span for call in report.calls]
+        batch_attributes = {**self._attributes, "usagi.batch_size": report.rows, "usagi.requests": len(spans)}
+        batch = tracing.batch(spans, report.started, report.seconds, batch_attributes)
+        for span, enqueued in zip(spans, report.enqueued, strict=True):
+            if span is not None:
+                span.stage("queue", enqueued, report.started - enqueued, self._attributes)
+                span.stage("infer", report.started, report.seconds, self._attributes, batch)
+
+
+def attributes(labels: tuple[str, str, str]) -> dict[str, Any]:
+    """The span attributes of model, version, variant."""
+    return dict(zip(("usagi.model", "usagi.version", "usagi.variant"), labels, strict=True))
