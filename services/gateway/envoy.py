@@ -118,9 +118,8 @@ def _connection_manager(config: GatewayConfig, table: ServicesTable) -> Json:
 
 
 def _request_ids() -> Json:
-    """A caller's id stays as it came, and whether a call is traced does not hang on it: it need not be a UUID."""
-    kind = "envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig"
-    return _typed(kind, pack_trace_reason=False, use_request_id_for_trace_sampling=False)
+    """A caller's id stays as it came: Envoy would write its decision on tracing into it."""
+    return _typed("envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig", pack_trace_reason=False)
 
 
 def _access_log() -> Json:

@@ -23,7 +23,8 @@ Json = dict[str, Any]
 def tracing(settings: TraceSettings) -> Json:
     """`tracing` of the connection manager.
 
-    Envoy obeys the sampled flag of a caller's `traceparent` by itself; a sampler is set only where it must not.
+    Envoy obeys the sampled flag of a caller's `traceparent` by itself; a sampler is set only where it must not. For
+    calls without one it draws lots by the request id: those whose own id is no UUID are never drawn.
     """
     config = {
         "service_name": SERVICE_NAME,

@@ -60,7 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_models(commands)
-    for module in ("shared.client.local", *(f"services.{name}.cli" for name in load_table().services)):
+    for module in (
+        "shared.client.local",
+        "shared.client.traces",
+        *(f"services.{name}.cli" for name in load_table().services),
+    ):
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module).add_commands(commands)
     return parser

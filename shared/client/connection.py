@@ -7,6 +7,7 @@ proto says NO_SIDE_EFFECTS; a server's pushback is obeyed by gRPC itself.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -82,7 +83,7 @@ class Connection:
             CallFailed: the call did not end with OK.
         """
         try:
-            return method(request, timeout=timeout or self.timeout, metadata=self.metadata)
+            return method(request, timeout=timeout or self.timeout, metadata=(*self.metadata, *trace_metadata()))
         except grpc.RpcError as error:
             raise to_call_failed(error, self.target) from error
 
@@ -91,9 +92,21 @@ class Connection:
     ) -> Iterator[_T]:
         """Calls a streaming method of a stub; raises as `call` does, when the answers are read."""
         try:
-            yield from method(requests, timeout=timeout or self.timeout, metadata=self.metadata)
+            metadata = (*self.metadata, *trace_metadata())
+            yield from method(requests, timeout=timeout or self.timeout, metadata=metadata)
         except grpc.RpcError as error:
             raise to_call_failed(error, self.target) from error
+
+
+def trace_metadata() -> tuple[tuple[str, str], ...]:
+    """`traceparent` and its kin if the application has a current span; nothing if it does not use OpenTelemetry."""
+    if "opentelemetry.trace" not in sys.modules:
+        return ()
+    from opentelemetry import propagate
+
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return tuple(carrier.items())
 
 
 def channel_options() -> list[tuple[str, Any]]:

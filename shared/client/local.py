@@ -35,10 +35,12 @@ STOP_SECONDS = 30.0
 
 @dataclass
 class LocalStack:
-    """Running processes. `target` is the gateway's address; `addresses` those of the services by domain."""
+    """Running processes. `target` is the gateway's address; `addresses` those of the services by domain; `metrics`
+    those of all /metrics, the gateway's included."""
 
     target: str
     addresses: dict[str, str]
+    metrics: dict[str, str]
     logs: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -61,6 +63,7 @@ def local_stack(logs: Path, *, free_ports: bool = False) -> Iterator[LocalStack]
     stack = LocalStack(
         target=f"127.0.0.1:{ports['gateway']}",
         addresses={name: f"127.0.0.1:{ports[name]}" for name in table.services},
+        metrics={name: f"127.0.0.1:{ports[f'{name}.metrics']}" for name in ("gateway", *table.services)},
         logs=logs,
     )
     try:
@@ -72,6 +75,7 @@ def local_stack(logs: Path, *, free_ports: bool = False) -> Iterator[LocalStack]
             "USAGI_GATEWAY_PORT": ports["gateway"],
             "USAGI_ADMIN_PORT": ports["admin"],
             "USAGI_CATALOG_PORT": ports["catalog"],
+            "USAGI_METRICS_PORT": ports["gateway.metrics"],
         }
         _start(stack, "gateway", "services.gateway", {**gateway, **upstreams})
         _wait_until_serving(stack)
@@ -83,6 +87,7 @@ def local_stack(logs: Path, *, free_ports: bool = False) -> Iterator[LocalStack]
 def _ports(table: ServicesTable, free: bool) -> dict[str, int]:
     gateway = table.gateway
     ports = {"gateway": gateway.port, "admin": gateway.admin_port, "catalog": gateway.catalog_port}
+    ports["gateway.metrics"] = gateway.metrics_port
     for name, service in table.services.items():
         ports[name], ports[f"{name}.metrics"] = service.local_port, service.local_metrics_port
     if not free:

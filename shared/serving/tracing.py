@@ -51,6 +51,7 @@ class Tracing:
             BatchSpanProcessor(exporter or _exporter(settings), schedule_delay_millis=settings.delay_ms)
         )
         self._tracer = self._provider.get_tracer(SCOPE)
+        self._parent_decides = settings.parent_decides
 
     def start_call(self, method: str, parent: TraceParent | None, request_id: str) -> ServerSpan | None:
         """The server span of a call; None when it is not sampled.
@@ -60,6 +61,10 @@ class Tracing:
             parent: the caller's place in its trace.
             request_id: joins the span with the logs.
         """
+        remote = _remote_context(parent)
+        if self._parent_decides and parent is not None and not parent.sampled:
+            otel_context.attach(remote)
+            return None
         service, _, name = method.strip("/").rpartition("/")
         attributes = {
             "rpc.system": "grpc",
@@ -67,9 +72,7 @@ class Tracing:
             "rpc.method": name,
             "usagi.request_id": request_id,
         }
-        span = self._tracer.start_span(
-            method.strip("/"), _remote_context(parent), kind=trace.SpanKind.SERVER, attributes=attributes
-        )
+        span = self._tracer.start_span(method.strip("/"), remote, kind=trace.SpanKind.SERVER, attributes=attributes)
         # what this call asks of other services carries the trace on
         otel_context.attach(trace.set_span_in_context(span, _EMPTY))
         return ServerSpan(self._tracer, span) if span.is_recording() else None
