@@ -8,7 +8,7 @@ DOMAIN ?= vision
 MODEL ?= flowers-efficientnet-lite0
 SEED ?= 0
 
-.PHONY: help install demo local test verify reproduce up down logs load protos lint format train export bench ci e2e clean
+.PHONY: help install demo local test verify reproduce up observe down logs load protos lint format train export bench ci e2e clean
 
 help:  ## this list
 	@printf 'Usagi: deep-learning microservices over gRPC\n\n'
@@ -59,8 +59,12 @@ up:  ## build and start the containers, wait until healthy, print the addresses
 	@printf 'gateway  127.0.0.1:%s   gRPC, gRPC-Web and JSON\n' "$$(docker compose port gateway 8080 | sed 's/.*://')"
 	@printf 'try      make install && .venv/bin/usagi vision classify tests/data/flowers/*.jpg\n'
 
+observe:  ## start Prometheus and Grafana beside the containers, print their addresses
+	@docker compose --profile observability up --detach --build --wait
+	@printf 'grafana     http://%s\nprometheus  http://%s\n' "$$(docker compose port grafana 3000)" "$$(docker compose port prometheus 9090)"
+
 down:  ## stop the containers
-	@docker compose --profile load --profile train down --remove-orphans
+	@docker compose --profile load --profile train --profile observability down --remove-orphans
 
 logs:  ## follow the containers' logs
 	@docker compose logs --follow

@@ -1,4 +1,4 @@
-"""The gateway's commands: `python -m services.gateway [serve | render | validate | prometheus]`."""
+"""The gateway's commands: `python -m services.gateway [serve | render | validate | prometheus | dashboard]`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import uvloop
 
 from services.gateway.config import GatewayConfig, load_config
+from services.gateway.dashboard import dashboard
 from services.gateway.envoy import bootstrap
 from services.gateway.prometheus import scrape_config
 from services.gateway.supervisor import Supervisor, envoy_command, write_configuration
@@ -24,6 +25,7 @@ COMMANDS = {
     "render": "print Envoy's configuration",
     "validate": "let Envoy check the configuration",
     "prometheus": "print Prometheus' configuration",
+    "dashboard": "print Grafana's dashboard",
 }
 
 
@@ -50,6 +52,9 @@ def _run(command: str, config: GatewayConfig, table: ServicesTable) -> int:
         return 0
     if command == "prometheus":
         print(scrape_config(table), end="")
+        return 0
+    if command == "dashboard":
+        print(dashboard(), end="")
         return 0
     if command == "validate":
         return validate(config, table)

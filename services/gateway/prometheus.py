@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from shared.services_table import ServicesTable
 
 HEADER = """\
@@ -9,7 +11,18 @@ HEADER = """\
 global:
   scrape_interval: 5s
   scrape_timeout: 4s
+  evaluation_interval: 15s
+rule_files: [rules.yml]
 scrape_configs:
+  - job_name: prometheus
+    static_configs:
+      - targets: ["127.0.0.1:{own_port}"]
+"""
+OWN_PORT = 9090
+FIXED = """\
+  - job_name: {name}
+    static_configs:
+      - targets: ["{address}"]
 """
 JOB = """\
   - job_name: {name}
@@ -21,7 +34,16 @@ JOB = """\
 """
 
 
-def scrape_config(table: ServicesTable) -> str:
-    """One job for each service and one for the gateway, whose metrics listener serves Envoy's statistics."""
+def scrape_config(table: ServicesTable, addresses: Mapping[str, str] | None = None, own_port: int = OWN_PORT) -> str:
+    """One job for each service, one for the gateway, whose metrics listener serves Envoy's statistics, one for itself.
+
+    Args:
+        table: the services.
+        addresses: `host:port` of each /metrics by name, where there are no network names to ask for replicas.
+        own_port: Prometheus' own.
+    """
+    header = HEADER.format(own_port=own_port)
+    if addresses is not None:
+        return header + "".join(FIXED.format(name=name, address=address) for name, address in addresses.items())
     ports = {"gateway": table.gateway.metrics_port, **{row.name: row.metrics_port for row in table.services.values()}}
-    return HEADER + "".join(JOB.format(name=name, port=port) for name, port in ports.items())
+    return header + "".join(JOB.format(name=name, port=port) for name, port in ports.items())

@@ -1,5 +1,6 @@
 """What the deployment files promise, read without Docker; tests/e2e asks the running containers the same."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from services.gateway.dashboard import dashboard
 from shared.services_table import load_table
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +69,7 @@ def test_every_service_of_the_table_stands_in_compose(service):
 
 
 def test_compose_holds_nothing_that_the_table_does_not_know():
-    allowed = {"gateway", "load", *SERVICES, *(f"{service}-train" for service in SERVICES)}
+    allowed = {"gateway", "load", "prometheus", "grafana", *SERVICES, *(f"{service}-train" for service in SERVICES)}
     assert set(blocks(COMPOSE)) <= allowed
 
 
@@ -87,8 +89,10 @@ def test_every_container_is_hardened_and_limited(service):
 
 
 def test_only_the_gateway_publishes_a_port_and_on_loopback():
-    publishing = [name for name, block in blocks(COMPOSE).items() if "ports:" in block]
-    assert publishing == ["gateway"]
+    default = {name: block for name, block in blocks(COMPOSE).items() if "profiles:" not in block}
+    assert [name for name, block in default.items() if "ports:" in block] == ["gateway"]
+    published = re.findall(r"ports: \[(.*)\]", COMPOSE)
+    assert all(each.startswith('"127.0.0.1:') for each in published), "in a profile too, this machine only"
     assert 'ports: ["127.0.0.1:${USAGI_GATEWAY_PORT:-8080}:8080"]' in blocks(COMPOSE)["gateway"]
     assert "backend: {internal: true}" in COMPOSE
     assert "networks: [backend]" in anchor("serving")
@@ -157,3 +161,20 @@ def test_unknown_extra_is_refused():
     done = requirements("cpu", "visoin")
     assert done.returncode == 1
     assert "no extra visoin" in done.stderr
+
+
+def test_grafana_is_provisioned_with_the_dashboard_and_its_datasource():
+    """Grafana itself is in no package index, so its files are held against each other and against compose."""
+    folder = ROOT / "deploy/observability/grafana"
+    datasource = (folder / "provisioning/datasources/prometheus.yml").read_text(encoding="utf-8")
+    provider = (folder / "provisioning/dashboards/usagi.yml").read_text(encoding="utf-8")
+    committed = (folder / "dashboards/overview.json").read_text(encoding="utf-8")
+    assert committed == dashboard(), "run `python -m services.gateway dashboard`"
+    uid = re.search(r"uid: (\S+)", datasource)[1]
+    panels = json.loads(committed)["panels"]
+    assert {target["datasource"]["uid"] for panel in panels for target in panel["targets"]} == {uid}
+    assert len({panel["id"] for panel in panels}) == len({str(panel["gridPos"]) for panel in panels}) == len(panels)
+    assert "url: http://prometheus:9090" in datasource
+    mounted = re.search(r"grafana/dashboards:(\S+):ro", blocks(COMPOSE)["grafana"])[1]
+    assert f"path: {mounted}" in provider
+    assert re.search(r"image: grafana/grafana:\d+\.\d+\.\d+\n", blocks(COMPOSE)["grafana"]), "a version, never latest"
