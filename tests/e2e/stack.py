@@ -21,7 +21,7 @@ from usagi.vision.v1 import vision_service_pb2_grpc as pb_grpc
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = sorted((ROOT / "tests/data/flowers").glob("*.jpg"))
-ALL_PROFILES = ("--profile", "load", "--profile", "train")
+ALL_PROFILES = ("--profile", "load", "--profile", "train", "--profile", "observability")
 
 
 @dataclass(frozen=True)
