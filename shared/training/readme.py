@@ -32,12 +32,12 @@ def render_table(manifests: list[Manifest]) -> str:
     """A Markdown table, a row for each variant; what `auto` chooses comes first."""
     rows = [HEADER]
     for manifest in manifests:
-        spread = manifest.training.spread.get("accuracy") if manifest.training else None
+        spreads = manifest.training.spread if manifest.training else {}
         baselines = manifest.training.baselines if manifest.training else {}
         for name in manifest.variants_by_preference():
             variant = manifest.variants[name]
             metrics = variant.metrics
-            of_seeds = name == "fp32" and spread
+            spread = spreads.get("accuracy" if name == "fp32" else f"accuracy_{name}")
             cells = [
                 manifest.service,
                 f"[{manifest.name}](services/{manifest.service}/cards/{manifest.name}.md)",
@@ -46,7 +46,7 @@ def render_table(manifests: list[Manifest]) -> str:
                 f"{metrics.get('agreement', 1.0):.4f}",
                 f"{metrics['latency_p50_ms']:.1f}",
                 f"{variant.bytes / 1e6:.1f}",
-                f"{spread['mean']:.4f} ({spread['min']:.4f} to {spread['max']:.4f})" if of_seeds and spread else "",
+                f"{spread['mean']:.4f} ({spread['min']:.4f} to {spread['max']:.4f})" if spread else "",
                 ", ".join(f"{key} {value:.4f}" for key, value in baselines.items()) if name == "fp32" else "",
             ]
             rows.append(f"| {' | '.join(cells)} |")

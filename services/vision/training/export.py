@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
+from torch import nn
 
 from services.vision.preprocess import ClassificationPreprocessing
 from services.vision.training.data import LABELS, Photos, load_photos
@@ -30,12 +31,19 @@ from shared.training.card import render_card
 from shared.training.export import check_parity, export_onnx, onnx_predictor, open_session, opset_of
 from shared.training.gate import Measured, Verdict, judge
 from shared.training.latency import Latency, measure_latencies
+from shared.training.macs import count_macs
 from shared.training.metrics import Classification, agreement, classify, torch_predictor
+from shared.training.prune import load_pruned
 from shared.training.quantize import QuantizeRecipe, quantize_int8
 
 LOG = logging.getLogger("usagi.export")
 CARDS = Path(__file__).parents[1] / "cards"
-FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
+FILES = {
+    "fp32": "model.onnx",
+    "int8": "model.int8.onnx",
+    "pruned": "model.pruned.onnx",
+    "pruned_int8": "model.pruned.int8.onnx",
+}
 RECIPES = (QuantizeRecipe("minmax"), QuantizeRecipe("minmax", keep_ends=True))
 """In order of preference; a later one is taken only if it agrees with fp32 on more validation photos."""
 
@@ -50,6 +58,8 @@ class ExportConfig:
     """Seed of the run to ship."""
     model: str = "efficientnet-lite0"
     """Network."""
+    pruned: str = ""
+    """Pruned run of the same network to ship as further variants, such as `pruned-seed0`."""
     runs: Path = Path("runs")
     """Folder of all runs."""
     root: Path = Path("var/models")
@@ -64,8 +74,15 @@ class ExportConfig:
     @property
     def run_folder(self) -> Path:
         """Where the run to ship lives."""
-        name = f"{self.mode}-seed{self.seed}" + ("-quick" if self.quick else "")
-        return self.runs / f"flowers-{self.model}" / name
+        return self._folder(f"{self.mode}-seed{self.seed}")
+
+    @property
+    def pruned_folder(self) -> Path | None:
+        """Where the pruned run to ship lives."""
+        return self._folder(self.pruned) if self.pruned else None
+
+    def _folder(self, name: str) -> Path:
+        return self.runs / f"flowers-{self.model}" / (name + ("-quick" if self.quick else ""))
 
 
 @dataclass(frozen=True)
@@ -119,28 +136,48 @@ def read_result(folder: Path) -> RunResult:
 
 def _make_candidates(config: ExportConfig, folder: Path) -> dict[str, Candidate]:
     preprocessing = ClassificationPreprocessing()
-    model = MODELS.get(config.model)(len(LABELS), False)
-    model.load_state_dict(torch.load(config.run_folder / "weights.pt", weights_only=True))
     val, test = load_photos("val"), load_photos("test")
     inputs = stack(val, preprocessing)
-    fp32, int8 = folder / FILES["fp32"], folder / FILES["int8"]
-    example = torch.from_numpy(inputs[:2])
-    export_onnx(model, example, fp32, input_name="image", output_name="logits")
-    parity = check_parity(torch_predictor(model), onnx_predictor(open_session(fp32)), inputs)
-    LOG.info("fp32 exported, largest difference from PyTorch %.1e", parity)
-    recipe = choose_recipe(fp32, int8, stack(load_photos("train").take(config.calibration), preprocessing), inputs)
-    LOG.info("int8 recipe: %s", recipe.name)
-    paths = {"fp32": fp32, "int8": int8}
+    calibration = stack(load_photos("train").take(config.calibration), preprocessing)
+    extra = _write_graphs(_load(config.run_folder, config.model), "", folder, inputs, calibration)
+    if config.pruned_folder:
+        extra |= _write_graphs(_load(config.pruned_folder, config.model), "pruned", folder, inputs, calibration)
+    paths = {name: folder / FILES[name] for name in extra}
     predictors = {name: onnx_predictor(open_session(path)) for name, path in paths.items()}
     latencies = measure_latencies(predictors, inputs[:1])
     on_val = {name: classify(predict, inputs, val.labels) for name, predict in predictors.items()}
     on_test = {n: classify(predict, test.tensors(preprocessing), test.labels) for n, predict in predictors.items()}
     measured = {name: _measure(paths[name], on_test[name], on_test["fp32"], latencies[name]) for name in paths}
-    extra = {"fp32": {"parity_max_abs_diff": parity}, "int8": {"calibration_photos": float(config.calibration)}}
-    verdicts = {"fp32": Verdict(True, ()), "int8": judge(measured["int8"], measured["fp32"])}
+    verdicts = {name: judge(measured[name], measured["fp32"]) for name in paths if name != "fp32"}
+    verdicts["fp32"] = Verdict(True, ())
     return {
         name: Candidate(paths[name], on_test[name], on_val[name], latencies[name], verdicts[name], extra[name])
         for name in paths
+    }
+
+
+def _load(run: Path, name: str) -> nn.Module:
+    """The network of a run, pruned or not."""
+    read_result(run)
+    model = MODELS.get(name)(len(LABELS), False)
+    return load_pruned(model, torch.load(run / "weights.pt", weights_only=True))
+
+
+def _write_graphs(
+    model: nn.Module, prefix: str, folder: Path, inputs: NDArray[np.float32], calibration: NDArray[np.float32]
+) -> dict[str, dict[str, float]]:
+    """Writes a network's float and int8 graphs; returns what else is to be said about each, by variant."""
+    name, quantised = (prefix, f"{prefix}_int8") if prefix else ("fp32", "int8")
+    path = folder / FILES[name]
+    export_onnx(model, torch.from_numpy(inputs[:2]), path, input_name="image", output_name="logits")
+    parity = check_parity(torch_predictor(model), onnx_predictor(open_session(path)), inputs)
+    LOG.info("%s exported, largest difference from PyTorch %.1e", name, parity)
+    recipe = choose_recipe(path, folder / FILES[quantised], calibration, inputs)
+    LOG.info("%s recipe: %s", quantised, recipe.name)
+    macs = {"macs": float(count_macs(model, torch.from_numpy(inputs[:1])))}
+    return {
+        name: {"parity_max_abs_diff": parity, **macs},
+        quantised: {"calibration_photos": float(len(calibration)), **macs},
     }
 
 
@@ -193,7 +230,12 @@ def _manifest(config: ExportConfig, result: RunResult, candidates: dict[str, Can
         preprocessing=preprocessing.to_dict(),
         labels=LABELS,
         opset=opset_of(candidates["fp32"].path),
-        training=training_record(result, config.run_folder.parent, candidates["fp32"].test, export_command(config)),
+        training=training_record(
+            result,
+            config.run_folder.parent,
+            candidates["fp32"].test,
+            [*([read_result(config.pruned_folder).command] if config.pruned_folder else []), export_command(config)],
+        ),
     )
 
 
@@ -201,7 +243,7 @@ def export_command(config: ExportConfig) -> str:
     """The command line that exports this run again, without paths of the machine."""
     words = ["python -m services.vision.training.export", f"--mode {config.mode}", f"--seed {config.seed}"]
     default = ExportConfig()
-    for name in ("model", "version", "calibration"):
+    for name in ("model", "pruned", "version", "calibration"):
         if getattr(config, name) != getattr(default, name):
             words.append(f"--{name} {getattr(config, name)}")
     return " ".join([*words, "--quick"] if config.quick else words)

@@ -44,19 +44,21 @@ def describe_variant(
     )
 
 
-def training_record(result: RunResult, runs: Path, test: Classification, export_command: str) -> TrainingRecord:
+def training_record(result: RunResult, runs: Path, test: Classification, further_commands: list[str]) -> TrainingRecord:
     """How the shipped run came to be, with the other runs beside it as baselines and spread."""
     others = [r for r in finished_runs(runs) if r.test_photos == result.test_photos]
+    of_mode = {"accuracy": result.mode, "accuracy_pruned": "pruned"}
+    accuracies = {name: [r.accuracy for r in others if r.mode == mode] for name, mode in of_mode.items()}
     dataset = DATASETS["flowers"]
     return TrainingRecord(
-        command=f"{result.command} && {export_command}",
+        command=" && ".join([result.command, *further_commands]),
         seed=result.seed,
         data=f"{dataset.description}; {dataset.source_url}; divided by services/vision/training/flowers_split.csv",
         data_licence=dataset.licence,
         device=cpu_name(),
         wall_seconds=result.wall_seconds,
         baselines={"majority_class": majority_share(test), **_means(others, exclude=result.mode)},
-        spread={"accuracy": spread([r.accuracy for r in others if r.mode == result.mode])},
+        spread={name: spread(values) for name, values in accuracies.items() if values},
     )
 
 
@@ -77,7 +79,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def _means(runs: list[RunResult], *, exclude: str) -> dict[str, float]:
-    modes = sorted({run.mode for run in runs} - {exclude}, reverse=True)
+    modes = sorted({run.mode for run in runs} - {exclude, "pruned"}, reverse=True)
     return {mode: float(np.mean([run.accuracy for run in runs if run.mode == mode])) for mode in modes}
 
 

@@ -17,7 +17,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from services.vision.training.losses import smoothed_cross_entropy
 from services.vision.training.models import MODELS
 from services.vision.training.models.efficientnet_lite import EfficientNetLite
 from shared.artifacts import write_atomically
+from shared.training.checkpoint import save_weights
 from shared.training.curves import draw_curves
 from shared.training.loop import Fit, FitConfig, FitResult, Score
 from shared.training.memory import keep_freed_memory
@@ -139,10 +140,10 @@ class RunResult:
     threads: int
 
 
-def load_parts(config: TrainConfig) -> Parts:
+def load_parts(quick: bool) -> Parts:
     """Decodes all photos, or few of them with `--quick`."""
     train, val, test = (load_photos(split) for split in ("train", "val", "test"))
-    return Parts(train.take(320), val.take(64), test.take(128)) if config.quick else Parts(train, val, test)
+    return Parts(train.take(320), val.take(64), test.take(128)) if quick else Parts(train, val, test)
 
 
 def validator(photos: Photos, config: ClassificationPreprocessing) -> Validator:
@@ -229,7 +230,7 @@ def train(config: TrainConfig) -> RunResult:
     started = time.monotonic()
     torch.set_num_threads(config.threads)
     keep_freed_memory()
-    parts = load_parts(config)
+    parts = load_parts(config.quick)
     seed_everything(config.seed)
     model = MODELS.get(config.model)(len(LABELS), config.mode != "scratch")
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -241,10 +242,50 @@ def train(config: TrainConfig) -> RunResult:
             seed_everything(config.seed)
         fitted = fit_all(model, parts, config)
     LOG.info("trained in %.0f s", time.monotonic() - started)
-    return _finish(model, fitted, parts, config)
+    return finish_run(model, fitted, parts, config)
 
 
-def _finish(model: EfficientNetLite, fitted: FitResult, parts: Parts, config: TrainConfig) -> RunResult:
+class RunConfig(Protocol):
+    """What every run of this service can say about itself."""
+
+    @property
+    def mode(self) -> str:
+        """How the run learns."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """Network, by its name in the registry."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of all that is random."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """CPU threads."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        ...
+
+    @property
+    def command(self) -> str:
+        """The command line that makes it again."""
+        ...
+
+    @property
+    def preprocessing(self) -> ClassificationPreprocessing:
+        """What the network sees."""
+        ...
+
+
+def finish_run(model: nn.Module, fitted: FitResult, parts: Parts, config: RunConfig) -> RunResult:
+    """Measures on validation and, once, on test; writes `weights.pt`, `result.json` and `curves.png`."""
     predict = torch_predictor(model)
     val, test = (classify(predict, p.tensors(config.preprocessing), p.labels) for p in (parts.val, parts.test))
     result = RunResult(
@@ -260,7 +301,7 @@ def _finish(model: EfficientNetLite, fitted: FitResult, parts: Parts, config: Tr
         wall_seconds=round(fitted.wall_seconds, 1),
         threads=config.threads,
     )
-    torch.save(model.state_dict(), config.folder / "weights.pt")
+    save_weights(config.folder / "weights.pt", model)
     write_atomically(config.folder / "result.json", json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     draw_curves(config.folder, title=f"{config.model}, {config.mode}, seed {config.seed}")
     return result

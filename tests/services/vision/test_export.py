@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from services.vision.preprocess import ClassificationPreprocessing
-from services.vision.training import data, evaluate, export, train
+from services.vision.training import data, evaluate, export, prune, train
 from services.vision.training.data import LABELS, Photos
 from services.vision.training.models import MODELS
 from services.vision.training.models.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
@@ -21,7 +21,9 @@ from services.vision.training.record import spread
 from shared.artifacts import CARD_NAME, read_manifest
 from shared.data.locate import locate
 from shared.errors import ConfigurationError
+from shared.training import gate
 from shared.training.card import render_card
+from shared.training.prune import PruneConfig
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted(path.parent for path in (ROOT / "deploy" / "models" / "vision").glob("*/*/manifest.json"))
@@ -42,7 +44,7 @@ def published(tmp_path_factory):
     """Model root with a thin network trained, exported and published by the real programs."""
     patch = pytest.MonkeyPatch()
     folder = tmp_path_factory.mktemp("chain")
-    for module in (train, export, evaluate):
+    for module in (train, export, evaluate):  # pruning reads the photos through train
         patch.setattr(module, "load_photos", coloured)
     if "thin" not in MODELS:
         shape = EfficientNetLiteConfig(width=0.2, depth=0.3, stem_channels=8, head_channels=64, batch_norm_momentum=0.5)
@@ -56,7 +58,13 @@ def published(tmp_path_factory):
         train.train(
             train.TrainConfig(mode="scratch", epochs=2, final_epochs=1, train_size=48, threads=1, batch=20, **settings)
         )
-        path = export.export(export.ExportConfig(mode="scratch", root=folder / "models", **settings))
+        pruning = PruneConfig(share=0.2, block=4)
+        small = {"epochs": 1, "final_epochs": 0, "train_size": 48, "batch": 20, "importance_batches": 2}
+        prune.train_pruned(prune.PruneRunConfig(base="scratch-seed0", seed=1, pruning=pruning, **small, **settings))
+        patch.setattr(gate, "MAX_LOSS", 1.0)  # so little training is not enough for the real gate: every variant ships
+        patch.setattr(gate, "MIN_AGREEMENT", 0.0)
+        config = export.ExportConfig(mode="scratch", pruned="pruned-seed1", root=folder / "models", **settings)
+        path = export.export(config)
         yield folder, path
     finally:
         torch.set_num_threads(threads)
@@ -72,7 +80,9 @@ def test_manifest_says_what_was_done(published):
     assert record.command == (
         "python -m services.vision.training.train --mode scratch --seed 0 --model thin --epochs 2 --batch 20 "
         "--train-size 48 --final-epochs 1 --threads 1 && "
-        "python -m services.vision.training.export --mode scratch --seed 0 --model thin"
+        "python -m services.vision.training.prune --seed 1 --base scratch-seed0 --model thin --importance-batches 2 "
+        "--epochs 1 --batch 20 --train-size 48 --final-epochs 0 --pruning.share 0.2 --pruning.block 4 && "
+        "python -m services.vision.training.export --mode scratch --seed 0 --model thin --pruned pruned-seed1"
     )
     assert str(published[0]) not in manifest.to_json()
     assert record.baselines["majority_class"] == 0.2
@@ -83,6 +93,32 @@ def test_manifest_says_what_was_done(published):
     assert record.spread["accuracy"]["runs"] == 1
     assert record.spread["accuracy"]["mean"] == pytest.approx(fp32.metrics["accuracy"])
     assert 0 < fp32.metrics["latency_p50_ms"] <= fp32.metrics["latency_p95_ms"]
+
+
+def test_pruned_variant_is_really_smaller(published):
+    manifest = read_manifest(published[1])
+    fp32, pruned = (manifest.variants[name] for name in ("fp32", "pruned"))
+    assert pruned.metrics["macs"] <= 0.8 * fp32.metrics["macs"]
+    assert pruned.bytes < fp32.bytes
+    assert set(manifest.variants) == {"fp32", "int8", "pruned", "pruned_int8"}
+    assert manifest.training.spread["accuracy_pruned"]["runs"] == 1
+    assert "pruned" not in manifest.training.baselines
+
+
+def test_killed_pruning_starts_from_the_same_channels(published):
+    run = published[0] / "runs" / "flowers-thin" / "pruned-seed1"
+    start, end = (torch.load(run / name, weights_only=True) for name in ("start.pt", "weights.pt"))
+    assert {name: tensor.shape for name, tensor in start.items()} == {n: tensor.shape for n, tensor in end.items()}
+    (run / "last.pt").unlink()
+    config = prune.PruneRunConfig(model="thin", seed=1, runs=published[0] / "runs")
+    model = prune._start(torch.nn.Identity(), None, config)  # the teacher is not pruned again
+    assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pruning_before_training_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_photos", coloured)
+    with pytest.raises(ConfigurationError, match="train first"):
+        prune.train_pruned(prune.PruneRunConfig(runs=tmp_path))
 
 
 def test_run_folder_holds_log_curves_and_result(published):
@@ -172,12 +208,14 @@ def test_batch_norm_keeps_its_statistics_when_frozen():
     assert model.dropout.training
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "export"])
+@pytest.mark.parametrize("verb", ["train", "prune", "evaluate", "export"])
 def test_help_explains_every_option(verb):
     command = [sys.executable, "-m", f"services.vision.training.{verb}", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=True).stdout
-    assert {"train": "--label-smoothing", "evaluate": "--confusion", "export": "--calibration"}[verb] in shown
-    assert {"train": "distort the features", "evaluate": "measured", "export": "gate"}[verb] in " ".join(shown.split())
+    option = {"train": "--label-smoothing", "prune": "--pruning.share", "evaluate": "--confusion", "export": "--pruned"}
+    words = {"train": "distort the features", "prune": "Whole channels", "evaluate": "measured", "export": "gate"}
+    assert option[verb] in shown
+    assert words[verb] in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.parent.name)
