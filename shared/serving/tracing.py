@@ -27,6 +27,8 @@ from shared.trace_settings import TraceSettings
 SCOPE = "usagi.serving"
 SERVER_FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 """Codes with which a server span is an error, as OpenTelemetry's conventions for gRPC say."""
+EXPORT_SECONDS = 3.0
+"""How long one export may take with its retries; also what a dead receiver can add to the end of the process."""
 _NANOSECONDS = 1_000_000_000
 _EMPTY = otel_context.Context()
 
@@ -166,4 +168,7 @@ def _remote_context(parent: TraceParent | None) -> otel_context.Context:
 def _exporter(settings: TraceSettings) -> SpanExporter:
     scheme = "https" if settings.secure else "http"
     address = f"{scheme}://{settings.host}:{settings.port}"
-    return OTLPSpanExporter(endpoint=address, insecure=not settings.secure, headers=dict(settings.headers))
+    timeout = None if "OTEL_EXPORTER_OTLP_TIMEOUT" in os.environ else EXPORT_SECONDS
+    return OTLPSpanExporter(
+        endpoint=address, insecure=not settings.secure, headers=dict(settings.headers), timeout=timeout
+    )

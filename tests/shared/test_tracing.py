@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -207,3 +208,24 @@ engine.close()
 def test_without_a_receiver_the_sdk_is_not_even_imported():
     done = subprocess.run([sys.executable, "-c", OFF], capture_output=True, text=True, check=True, timeout=60)
     assert json.loads(done.stdout) == [True, []]
+
+
+def test_usagi_traces_prints_a_trace():
+    """The command as a person runs it; what sends to it is a server's own exporter."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "shared.client.cli", "traces", "--listen", f"127.0.0.1:{port}", "--count", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as receiver:
+        wait_until(lambda: listens(port))
+        tracing = Tracing("test", "replica-1", TraceSettings("127.0.0.1", port))
+        tracing.start_call("/a.Service/Method", None, "request-1").end("OK", "")
+        tracing.close()
+        printed, _ = receiver.communicate(timeout=20)
+    assert receiver.returncode == 0
+    assert printed.startswith("trace ")
+    assert "test a.Service/Method" in printed
+
+
+def listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
