@@ -21,8 +21,12 @@ from shared.data import locate as module
 from shared.data.catalog import DATASETS
 from shared.data.flowers import SHORT_SIDE, shrink_jpeg
 from shared.data.locate import cache_folder, locate
+from shared.data.texts import ENJA, SOSEKI, enja_from_tgz, shakespeare_from_txt, soseki_from_tgz
 from shared.errors import ConfigurationError
 from shared.images import decode_image
+
+CHECKS_PARTS = {enja_from_tgz: ENJA, soseki_from_tgz: SOSEKI}
+"""Converters of archives without a lasting digest, and the digests of the files inside that they check."""
 
 
 def jpeg(height: int, width: int, colour: tuple[int, int, int] = (40, 80, 200)) -> bytes:
@@ -145,7 +149,7 @@ def test_without_download_it_says_where_it_looked(folders):
 
 
 def test_unknown_name_lists_the_known(folders):
-    with pytest.raises(ConfigurationError, match=r"`moths` is unknown; known: flowers"):
+    with pytest.raises(ConfigurationError, match=r"`moths` is unknown; known: enja, flowers"):
         locate("moths")
 
 
@@ -157,6 +161,82 @@ def test_cache_folder_without_a_setting(monkeypatch):
 @pytest.mark.parametrize("dataset", DATASETS.values(), ids=lambda dataset: dataset.name)
 def test_table(dataset):
     assert DATASETS[dataset.name] is dataset
-    assert all(len(digest) == 64 and int(digest, 16) for digest in (dataset.sha256, dataset.source_sha256))
+    assert len(dataset.sha256) == 64
+    assert int(dataset.sha256, 16)
+    if dataset.convert in CHECKS_PARTS:
+        assert (dataset.source_sha256, dataset.source_bytes) == ("", 0)
+    else:
+        assert len(dataset.source_sha256) == 64
+        assert int(dataset.source_sha256, 16)
     assert dataset.licence
     assert dataset.source_url.startswith("http")
+
+
+def tgz(path: Path, contents: dict[str, bytes]) -> Path:
+    """An archive as GitHub packs a repository: everything in one folder."""
+    with tarfile.open(path, mode="w:gz") as archive:
+        for name, content in contents.items():
+            info = tarfile.TarInfo(f"repository-master/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def read_zip(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def mirror(name: str) -> Path:
+    try:
+        return locate(name, download=False)
+    except ConfigurationError as error:
+        pytest.skip(error.message)
+
+
+def digests(contents: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def test_corpus_in_parts_is_joined_in_order_and_the_rest_left_alone(tmp_path, monkeypatch):
+    wanted = {"dev.en": b"d\n", "dev.ja": b"D\n", "train.en": b"a\nb\nc\n", "train.ja": b"A\nB\n"}
+    packed = {"train.en.001": b"b\n", "train.en.000": b"a\n", "train.en.002": b"c\n", "train.en.vocab.4k": b"no"}
+    packed |= {"train.ja.000": b"A\n", "train.ja.001": b"B\n", "test.en": b"secret", "dev.en": b"d\n", "dev.ja": b"D\n"}
+    monkeypatch.setattr("shared.data.texts.ENJA", digests(wanted))
+
+    enja_from_tgz(tgz(tmp_path / "in.tgz", packed), tmp_path / "out.zip")
+
+    assert read_zip(tmp_path / "out.zip") == wanted
+
+
+@pytest.mark.parametrize(("convert", "expected"), CHECKS_PARTS.items(), ids=["enja", "soseki"])
+def test_a_part_that_is_missing_or_changed_is_refused(convert, expected, tmp_path):
+    others = dict.fromkeys(expected, b"something else")
+    with pytest.raises(ConfigurationError, match=rf"{next(iter(expected))} .* expected"):
+        convert(tgz(tmp_path / "changed.tgz", others), tmp_path / "out.zip")
+    with pytest.raises(ConfigurationError, match=r"holds no .*official repository"):
+        convert(tgz(tmp_path / "empty.tgz", {}), tmp_path / "out.zip")
+    assert not (tmp_path / "out.zip").exists()
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("convert", "name"), [(enja_from_tgz, "enja"), (soseki_from_tgz, "soseki")])
+def test_the_mirror_holds_what_the_official_home_would_give(convert, name, tmp_path):
+    ours = read_zip(mirror(name))
+
+    convert(tgz(tmp_path / "in.tgz", ours), tmp_path / "out.zip")
+
+    made = read_zip(tmp_path / "out.zip")
+    assert made == {member: ours[member] for member in made}
+    assert set(ours) - set(made) == {"README.md"}
+
+
+@pytest.mark.data
+def test_shakespeare_is_the_official_text_in_a_zip(tmp_path):
+    ours = read_zip(mirror("shakespeare"))
+    assert hashlib.sha256(ours["input.txt"]).hexdigest() == DATASETS["shakespeare"].source_sha256
+
+    (tmp_path / "input.txt").write_bytes(ours["input.txt"])
+    shakespeare_from_txt(tmp_path / "input.txt", tmp_path / "out.zip")
+
+    assert read_zip(tmp_path / "out.zip") == ours

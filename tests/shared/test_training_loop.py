@@ -217,6 +217,45 @@ def test_learning_rate_rises_and_then_falls_along_a_cosine():
     assert all(a >= b for a, b in itertools.pairwise(rates[20:]))
 
 
+def test_inverse_square_root_schedule():
+    config = FitConfig(learning_rate=1.0, warmup_share=0.25, schedule="inverse-sqrt")
+    rates = [learning_rate_at(step, 400, config) for step in range(400)]
+    assert rates[49] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(1.0)
+    assert rates[399] == pytest.approx(0.5)  # four times as far, half as fast
+    longer = FitConfig(learning_rate=1.0, warmup_share=0.125, schedule="inverse-sqrt")
+    assert rates == [learning_rate_at(step, 800, longer) for step in range(400)]  # the end is not looked at
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_inputs_may_be_a_tuple_and_the_optimiser_is_as_configured(fused, tmp_path):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, pair):
+            return self.layer(pair[0] + pair[1])
+
+    class Source:
+        steps_per_epoch = 30
+
+        def batch(self, epoch, step):
+            generator = torch.Generator().manual_seed(100 * epoch + step)
+            left, right = torch.randn(2, 16, 3, generator=generator)
+            return (left, right), (left + right).sum(1, keepdim=True)
+
+    torch.manual_seed(0)
+    config = FitConfig(epochs=4, learning_rate=0.1, weight_decay=0.0, ema_decay=0.0, beta2=0.98, fused=fused)
+    model = Sum()
+    fit = Fit(model, Source(), F.mse_loss, lambda m: Score(-abs(m.layer.bias.item()), {}), config, tmp_path)
+    fit.run()
+
+    assert {group["betas"] for group in fit.optimiser.param_groups} == {(0.9, 0.98)}
+    assert read_log(tmp_path)[-1]["train_loss"] < 0.01 * read_log(tmp_path)[0]["train_loss"]
+    assert torch.allclose(model.layer.weight, torch.ones(1, 3), atol=0.05)
+
+
 def test_biases_and_normalisation_are_not_decayed():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     model[0].weight.requires_grad_(False)
