@@ -28,7 +28,7 @@ from services.vision.preprocess import ClassificationPreprocessing
 from services.vision.training.data import LABELS, AugmentedBatches, Photos, TensorBatches, load_photos
 from services.vision.training.losses import smoothed_cross_entropy
 from services.vision.training.models import MODELS
-from services.vision.training.models.efficientnet_lite import EfficientNetLite
+from services.vision.training.models.classifier import Classifier
 from shared.artifacts import write_atomically
 from shared.training.checkpoint import save_weights
 from shared.training.curves import draw_curves
@@ -164,7 +164,7 @@ class Validator:
         return Score(result.accuracy - 1e-4 * loss, {"val_accuracy": result.accuracy, "val_loss": loss})
 
 
-def fit_head(model: EfficientNetLite, parts: Parts, config: TrainConfig, fit: FitConfig, folder: Path) -> FitResult:
+def fit_head(model: Classifier, parts: Parts, config: TrainConfig, fit: FitConfig, folder: Path) -> FitResult:
     """Trains the classifier alone, on features that are computed once."""
     LOG.info("features of %d photos", len(parts.train) + len(parts.val))
     train, val = (_features(model, photos, config) for photos in (parts.train, parts.val))
@@ -185,13 +185,13 @@ def fit_head(model: EfficientNetLite, parts: Parts, config: TrainConfig, fit: Fi
     return result
 
 
-def _features(model: EfficientNetLite, photos: Photos, config: TrainConfig) -> Tensor:
+def _features(model: Classifier, photos: Photos, config: TrainConfig) -> Tensor:
     predict = torch_predictor(_FeatureExtractor(model))
     return torch.from_numpy(classify(predict, photos.tensors(config.preprocessing), photos.labels).logits)  # [N, 1280]
 
 
 class _FeatureExtractor(nn.Module):
-    def __init__(self, model: EfficientNetLite) -> None:
+    def __init__(self, model: Classifier) -> None:
         super().__init__()
         self.model = model
 
@@ -207,7 +207,7 @@ def freeze_batch_norm(model: nn.Module) -> None:
             module.eval()
 
 
-def fit_all(model: EfficientNetLite, parts: Parts, config: TrainConfig) -> FitResult:
+def fit_all(model: Classifier, parts: Parts, config: TrainConfig) -> FitResult:
     """Trains every weight on augmented crops."""
     source = AugmentedBatches(
         parts.train, config.preprocessing, size_at=config.size_at, batch=config.batch, seed=config.seed

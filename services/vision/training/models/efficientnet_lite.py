@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from services.vision.training.models.classifier import Classifier
 from shared.errors import ConfigurationError
 
 
@@ -154,7 +155,7 @@ class MBConv(nn.Module):
         return x + y if self.residual else y
 
 
-class EfficientNetLite(nn.Module):
+class EfficientNetLite(Classifier):
     """The network: `[B, 3, H, W]` normalised RGB → `[B, classes]` logits."""
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
