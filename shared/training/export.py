@@ -46,7 +46,9 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return folded
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: Path, *, input_name: str, output_name: str) -> None:
+def export_onnx(
+    model: nn.Module, example: Tensor, path: Path, *, input_name: str, output_name: str, max_bytes: int = MAX_BYTES
+) -> None:
     """Exports a model of one input and one output whose first dimension is the batch.
 
     Args:
@@ -55,6 +57,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, input_name: st
         path: file to write.
         input_name: name of the graph's input.
         output_name: name of the graph's output.
+        max_bytes: largest file allowed; only what is never bundled may be larger.
 
     Raises:
         ConfigurationError: the example's batch is below 2, or the exported batch dimension is not symbolic.
@@ -77,10 +80,10 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, input_name: st
             external_data=False,
             verbose=False,
         )
-    _finish(path)
+    _finish(path, max_bytes)
 
 
-def _finish(path: Path) -> None:
+def _finish(path: Path, max_bytes: int) -> None:
     """Names the batch dimension, drops the exporter's traces (paths of this machine), checks the graph."""
     graph = onnx.load(str(path))
     for tensor in (*graph.graph.input, *graph.graph.output):
@@ -96,8 +99,8 @@ def _finish(path: Path) -> None:
     graph.doc_string = graph.graph.doc_string = ""
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, str(path))
-    if path.stat().st_size > MAX_BYTES:
-        raise ConfigurationError(f"{path.name} has {path.stat().st_size} bytes, at most {MAX_BYTES} may be bundled")
+    if path.stat().st_size > max_bytes:
+        raise ConfigurationError(f"{path.name} has {path.stat().st_size} bytes, at most {max_bytes} may be bundled")
 
 
 class _quiet:  # noqa: N801 - reads as a verb at its one place of use
