@@ -36,7 +36,14 @@ demo: .venv/.serve  ## start everything without Docker, call every domain on rea
 local: .venv/.serve  ## run every service and the gateway on this machine until Ctrl-C
 	@$(BIN)/usagi local
 
-test: .venv/.dev  ## all tests (those that need Docker run where an engine answers)
+# tritonclient needs an older protobuf than ours, so it lives in an environment of its own.
+.venv-interop/.made: tests/interop/requirements.txt
+	@echo 'setting up the environment of the interoperability tests (tritonclient)'
+	@test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
+	@.venv-interop/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+test: .venv/.dev .venv-interop/.made  ## all tests (those that need Docker run where an engine answers)
 	@$(BIN)/python -m pytest
 
 e2e: .venv/.dev  ## only the tests on the real compose stack

@@ -76,7 +76,11 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model version is. `preprocessing` holds the parameters of the service's own preprocess module."""
+    """What a model version is.
+
+    `preprocessing` holds the parameters of the service's own preprocess module. `batched` is false for a graph whose
+    requests must run alone.
+    """
 
     service: str
     name: str
@@ -91,6 +95,12 @@ class Manifest:
     opset: int = 0
     training: TrainingRecord | None = None
     format: int = FORMAT
+    batched: bool = True
+
+    @property
+    def batchable(self) -> bool:
+        """Whether requests may share a run: every tensor's first dimension varies, and nothing says otherwise."""
+        return self.batched and all(spec.shape[:1] == (-1,) for spec in (*self.inputs, *self.outputs))
 
     def auto_variant(self) -> str:
         """Name of the variant that `auto` means: the fastest within its accuracy budget at batch 1.

@@ -6,6 +6,8 @@ name no domain, so a client that knows one address and no proto can find everyth
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 import grpc.aio
 from google.protobuf import descriptor_pool
@@ -54,7 +56,8 @@ class Catalog:
             options=[("grpc.max_receive_message_length", self._limit), ("grpc.so_reuseport", 0)],
         )
         model_grpc.add_ModelServiceServicer_to_server(MergedModelServicer(self._domains), server)
-        oip_grpc.add_GRPCInferenceServiceServicer_to_server(CatalogInferenceServicer(self._domains), server)
+        inference: Any = CatalogInferenceServicer  # some of its methods are set by name, which mypy cannot see
+        oip_grpc.add_GRPCInferenceServiceServicer_to_server(inference(self._domains), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         server.add_generic_rpc_handlers(reflection_handlers(self._table))
         try:

@@ -74,7 +74,7 @@ def _wrap(handler: Handler) -> Handler:
         except Exception as error:  # whatever it is, the caller gets a status
             if not isinstance(error, UsagiError):
                 log.exception("unexpected error")
-            await _abort(error, context)
+            await abort_with(error, context)
 
     return grpc.unary_unary_rpc_method_handler(call, handler.request_deserializer, handler.response_serializer)
 
@@ -83,12 +83,13 @@ def _refusing(error: UsagiError) -> Handler:
     """A handler that fits every method, since it reads no request."""
 
     async def refuse(requests: Any, context: Any) -> None:
-        await _abort(error, context)
+        await abort_with(error, context)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-async def _abort(error: Exception, context: Any) -> NoReturn:
+async def abort_with(error: Exception, context: Any) -> NoReturn:
+    """Ends a call with the rich status of an error."""
     rich = rpc_status.to_status(to_status(error, SERVICE, request_id(context)))
     await context.abort(rich.code, rich.details, trailing_metadata=rich.trailing_metadata)
     raise AssertionError("abort always raises")

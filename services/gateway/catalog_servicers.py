@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import importlib.metadata
+from collections.abc import AsyncIterator
 from typing import Any
 
 from inference import open_inference_grpc_pb2 as oip
@@ -12,7 +13,7 @@ from inference import open_inference_grpc_pb2_grpc as oip_grpc
 from usagi.model.v1 import model_service_pb2 as pb
 from usagi.model.v1 import model_service_pb2_grpc as pb_grpc
 
-from services.gateway.catalog_interceptor import REQUEST_ID, request_id
+from services.gateway.catalog_interceptor import REQUEST_ID, abort_with, request_id
 from services.gateway.domains import Domains
 from services.gateway.routes import SERVICE_HEADER
 from shared.errors import InvalidInput, ModelNotFound, Unreachable
@@ -83,6 +84,18 @@ class CatalogInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         """Name and version of the suite."""
         return oip.ServerMetadataResponse(name="usagi", version=_package_version())
 
+    async def RepositoryIndex(self, request: oip.RepositoryIndexRequest, context: Any) -> oip.RepositoryIndexResponse:
+        """The index of all domains; those that do not answer are left out and named in a trailer."""
+        models, unreachable = await self._domains.repository_index(request, _metadata(context))
+        if unreachable:
+            context.set_trailing_metadata(((UNREACHABLE, ",".join(unreachable)),))
+        return oip.RepositoryIndexResponse(models=models)
+
+    async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[oip.ModelStreamInferResponse]:
+        """Refuses: the domain is missing."""
+        await abort_with(_needs_domain(self._domains), context)
+        yield oip.ModelStreamInferResponse()  # never reached: it makes this the stream that gRPC expects
+
     async def ModelReady(self, request: oip.ModelReadyRequest, context: Any) -> oip.ModelReadyResponse:
         """Refuses: the domain is missing."""
         raise _needs_domain(self._domains)
@@ -94,6 +107,18 @@ class CatalogInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: oip.ModelInferRequest, context: Any) -> oip.ModelInferResponse:
         """Refuses: the domain is missing."""
         raise _needs_domain(self._domains)
+
+
+def _refusing(name: str) -> Any:
+    async def refuse(self: CatalogInferenceServicer, request: Any, context: Any) -> Any:
+        raise _needs_domain(self._domains)
+
+    return refuse
+
+
+for _method in oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
+    if _method.name not in vars(CatalogInferenceServicer):
+        setattr(CatalogInferenceServicer, _method.name, _refusing(_method.name))
 
 
 def _package_version() -> str:

@@ -14,6 +14,8 @@ from typing import Any
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from inference import open_inference_grpc_pb2 as oip
+from inference import open_inference_grpc_pb2_grpc as oip_grpc
 from usagi.model.v1 import model_service_pb2 as pb
 from usagi.model.v1 import model_service_pb2_grpc as pb_grpc
 
@@ -103,6 +105,27 @@ class Domains:
         except grpc.aio.AioRpcError as error:
             log.warning("no list of models", extra={"domain": name, "code": error.code().name})
             return None
+
+    async def repository_index(
+        self, request: oip.RepositoryIndexRequest, metadata: Any
+    ) -> tuple[list[oip.RepositoryIndexResponse.ModelIndex], list[str]]:
+        """The indexes of all domains, one after the other, and the domains that did not answer."""
+        answers = await asyncio.gather(*(self._index_of(name, request, metadata) for name in self.names))
+        models = [model for answer in answers if answer is not None for model in answer]
+        return models, [name for name, answer in zip(self.names, answers, strict=True) if answer is None]
+
+    async def _index_of(
+        self, name: str, request: oip.RepositoryIndexRequest, metadata: Any
+    ) -> list[oip.RepositoryIndexResponse.ModelIndex] | None:
+        stub = oip_grpc.GRPCInferenceServiceStub(self._channel)
+        try:
+            answer = await stub.RepositoryIndex(request, timeout=CALL_SECONDS, metadata=_to(name, *metadata))
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                log.warning("no repository index", extra={"domain": name, "code": error.code().name})
+                return None
+            raise
+        return list(answer.models)
 
     async def get_model(self, name: str, request: pb.GetModelRequest, metadata: Any) -> pb.GetModelResponse:
         """Asks one domain for a model; its error passes on as it is."""

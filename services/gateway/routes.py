@@ -16,6 +16,7 @@ from services.gateway.tracing import untraced
 from shared.services_table import Service, ServicesTable
 
 CATALOG = "catalog"
+STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 SERVICE_HEADER = "usagi-service"
 REQUEST_HEADERS = (
     *("content-type", "x-grpc-web", "x-user-agent", "grpc-timeout"),
@@ -40,7 +41,7 @@ def route_config(table: ServicesTable, cors_origins: str) -> Json:
 def _virtual_host(name: str, authorities: list[str], otherwise: str, table: ServicesTable, cors_origins: str) -> Json:
     routes = [route for service in table.services.values() for route in _typed_routes(service)]
     others = [*_header_routes(table.services), _route({"prefix": "/"}, otherwise)]
-    routes += [*(untraced(route) for route in others), *others]
+    routes += [*(_stream_infer(route) for route in others), *(untraced(route) for route in others), *others]
     return {
         "name": name,
         "domains": authorities,
@@ -52,12 +53,22 @@ def _virtual_host(name: str, authorities: list[str], otherwise: str, table: Serv
 def _typed_routes(service: Service) -> list[Json]:
     packages = sorted({name.rpartition(".")[0] for name in service.grpc_services})
     streams = [path for path in client_streaming_methods() if path[1:].rpartition("/")[0] in service.grpc_services]
-    unlimited = {BODY_SIZE_LIMIT: _typed("envoy.config.route.v3.FilterConfig", disabled=True)}
     return [
-        # a stream may grow past one message's limit; the service holds each of its messages to it
-        *({**_route({"path": path}, service.name), "typed_per_filter_config": unlimited} for path in streams),
+        *(_unlimited(_route({"path": path}, service.name)) for path in streams),
         *(_route({"prefix": f"/{package}."}, service.name) for package in packages),
     ]
+
+
+def _unlimited(route: Json) -> Json:
+    """A stream may grow past one message's limit; the service holds each of its messages to it."""
+    off = _typed("envoy.config.route.v3.FilterConfig", disabled=True)
+    return {**route, "typed_per_filter_config": {BODY_SIZE_LIMIT: off}}
+
+
+def _stream_infer(route: Json) -> Json:
+    """The same route for the one stream of the Open Inference Protocol."""
+    match = {key: value for key, value in route["match"].items() if key != "prefix"}
+    return _unlimited({**route, "match": {**match, "path": STREAM_INFER}})
 
 
 def _header_routes(names: Iterable[str]) -> list[Json]:

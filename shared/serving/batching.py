@@ -55,6 +55,17 @@ class BatchReport(NamedTuple):
     enqueued: list[float]
 
 
+class BatchTimes(NamedTuple):
+    """One run: how many requests and rows it answered, and where its seconds went; `queue_seconds` is their sum."""
+
+    requests: int
+    rows: int
+    queue_seconds: float
+    input_seconds: float
+    infer_seconds: float
+    output_seconds: float
+
+
 class BatchObserver:
     """What the batcher tells the outside; telemetry overrides it. All calls come from the event loop."""
 
@@ -66,6 +77,9 @@ class BatchObserver:
 
     def ran(self, report: BatchReport) -> None:
         """A batch ran."""
+
+    def answered(self, times: BatchTimes) -> None:
+        """A batch ran without a fault."""
 
 
 @dataclass(eq=False)
@@ -79,12 +93,23 @@ class _Item:
     call: CallScope | None = field(default_factory=current_call.get)
 
 
+_Answer = dict[str, Array] | Exception
+
+
 @dataclass(frozen=True)
 class _Outcome:
-    outputs: dict[str, Array] | None
-    error: Exception | None
+    """An answer for each item, and when things happened in time.perf_counter()."""
+
+    answers: list[_Answer]
+    together: bool
     started: float
-    seconds: float
+    joined: float
+    ran: float
+    split: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ran - self.started
 
 
 class ComputePool:
@@ -206,7 +231,7 @@ class Batcher:
         Raises:
             DeadlinePassed: the deadline passed before the item ran.
         """
-        rows = next(iter(feeds.values())).shape[0]
+        rows = max((array.shape[0] for array in feeds.values() if array.ndim), default=1)
         signature = tuple((name, array.shape[1:], array.dtype) for name, array in feeds.items())
         item = _Item(feeds, rows, signature, deadline, asyncio.get_running_loop().create_future())
         self._queue[item] = None
@@ -244,16 +269,28 @@ class Batcher:
         return batch
 
     def execute(self, batch: list[_Item]) -> _Outcome:
-        """Joins the inputs and runs them; called in a thread, never raises."""
-        started = time.perf_counter()
+        """Joins the inputs, runs them and splits the outputs; called in a thread, never raises.
+
+        When a joined run fails, each request runs alone, so that a bad one does not fail its neighbours.
+        """
+        started = joined = time.perf_counter()
         try:
-            feeds = batch[0].feeds
-            if len(batch) > 1:
-                feeds = {name: np.concatenate([item.feeds[name] for item in batch]) for name in feeds}
+            feeds = _join(batch)
+            joined = time.perf_counter()
             outputs = self._session.run(feeds)
+            ran = time.perf_counter()
+            answers: list[_Answer] = [*_split(outputs, batch)]
+            return _Outcome(answers, True, started, joined, ran, time.perf_counter())
         except Exception as error:  # whatever the graph does, its callers get an answer
-            return _Outcome(None, error, started, time.perf_counter() - started)
-        return _Outcome(outputs, None, started, time.perf_counter() - started)
+            answers = [error] if len(batch) == 1 else [self._run_alone(item) for item in batch]
+        ended = time.perf_counter()
+        return _Outcome(answers, len(batch) == 1, started, joined, ended, ended)
+
+    def _run_alone(self, item: _Item) -> _Answer:
+        try:
+            return self._session.run(item.feeds)
+        except Exception as error:
+            return error
 
     def settle(self, batch: list[_Item], outcome: _Outcome) -> None:
         """Hands the outcome to the callers."""
@@ -261,15 +298,47 @@ class Batcher:
         self._recent_seconds += 0.2 * (outcome.seconds - self._recent_seconds)
         calls, enqueued = [item.call for item in batch], [item.enqueued for item in batch]
         self._observer.ran(BatchReport(rows, outcome.started, outcome.seconds, calls, enqueued))
-        start = 0
-        for item in batch:
-            stop = start + item.rows
+        waited = 0.0
+        for item, answer in zip(batch, outcome.answers, strict=True):
             queue_seconds = outcome.started - item.enqueued
+            waited += queue_seconds
             if item.future.done():
                 pass  # the caller left while it ran
-            elif outcome.outputs is None:
-                item.future.set_exception(outcome.error or RuntimeError("the batch gave neither outputs nor an error"))
+            elif isinstance(answer, Exception):
+                item.future.set_exception(answer)
             else:
-                outputs = {name: array[start:stop] for name, array in outcome.outputs.items()}
-                item.future.set_result(BatchResult(outputs, rows, queue_seconds, outcome.seconds))
-            start = stop
+                size = rows if outcome.together else item.rows
+                item.future.set_result(BatchResult(answer, size, queue_seconds, outcome.seconds))
+        if outcome.together and not isinstance(outcome.answers[0], Exception):
+            self._observer.answered(
+                BatchTimes(
+                    requests=len(batch),
+                    rows=rows,
+                    queue_seconds=waited,
+                    input_seconds=outcome.joined - outcome.started,
+                    infer_seconds=outcome.ran - outcome.joined,
+                    output_seconds=outcome.split - outcome.ran,
+                )
+            )
+
+
+def _join(batch: list[_Item]) -> Arrays:
+    if len(batch) == 1:
+        return batch[0].feeds
+    return {name: np.concatenate([item.feeds[name] for item in batch]) for name in batch[0].feeds}
+
+
+def _split(outputs: dict[str, Array], batch: list[_Item]) -> Iterator[dict[str, Array]]:
+    """Each item's rows, as views; a lonely item gets the outputs as they are, so that they need not have rows."""
+    if len(batch) == 1:
+        yield outputs
+        return
+    rows = sum(item.rows for item in batch)
+    odd = [name for name, array in outputs.items() if array.shape[:1] != (rows,)]
+    if odd:
+        raise ValueError(f"the outputs {odd} do not have the {rows} rows of the batch")
+    start = 0
+    for item in batch:
+        stop = start + item.rows
+        yield {name: array[start:stop] for name, array in outputs.items()}
+        start = stop

@@ -29,7 +29,10 @@ QUIET = ("/grpc.health.", "/grpc.reflection.")
 
 CONTROL = (
     "/usagi.model.",
-    *(f"/inference.GRPCInferenceService/{name}" for name in ("Server", "ModelReady", "ModelMetadata", "Repository")),
+    *(
+        f"/inference.GRPCInferenceService/{name}"
+        for name in ("Server", "ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics", "Repository")
+    ),
 )
 """Methods that need no model to run, so that overload does not concern them."""
 

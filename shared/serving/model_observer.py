@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Histogram
 
-from shared.serving.batching import BatchObserver, BatchReport
+from shared.serving.batching import BatchObserver, BatchReport, BatchTimes
 from shared.serving.calls import CallScope, current_call
+from shared.serving.statistics import ModelStatistics
 
 if TYPE_CHECKING:
     from shared.serving.tracing import Tracing
@@ -56,6 +57,7 @@ class ModelObserver(BatchObserver):
         preprocess: the stage; predictors call its `observe` with seconds.
         postprocess: likewise.
         whole: the whole inference.
+        statistics: of the version, all variants together.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class ModelObserver(BatchObserver):
         batch_seconds: Histogram,
         rejected: Counter,
         dropped: Counter,
+        statistics: ModelStatistics,
     ) -> None:
         self.labels = labels
         self.preprocess, self.postprocess, self.whole = stages["preprocess"], stages["postprocess"], whole
@@ -77,6 +80,7 @@ class ModelObserver(BatchObserver):
         self._attributes = attributes(labels)
         self._batch_size, self._batch_seconds = batch_size, batch_seconds
         self._rejected, self._dropped = rejected, dropped
+        self.statistics = statistics
 
     def rejected(self, reason: str) -> None:
         """Counts a refusal."""
@@ -98,6 +102,10 @@ class ModelObserver(BatchObserver):
                 call.answered_by = {"model": model, "version": version, "variant": variant, "batch": report.rows}
         if self._tracing is not None:
             self._trace(self._tracing, report)
+
+    def answered(self, times: BatchTimes) -> None:
+        """Adds a batch to the version's statistics."""
+        self.statistics.add_batch(times)
 
     def _trace(self, tracing: Tracing, report: BatchReport) -> None:
         spans = [None if call is None else call.span for call in report.calls]

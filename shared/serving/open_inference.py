@@ -6,21 +6,39 @@ The request parameter `variant` chooses the weights, as `variant` does in the ty
 from __future__ import annotations
 
 import importlib.metadata
+import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+from google.rpc import code_pb2
 from inference import open_inference_grpc_pb2 as pb
 from inference import open_inference_grpc_pb2_grpc as pb_grpc
 
-from shared.artifacts import Manifest, TensorSpec
-from shared.errors import InvalidInput
+from shared.artifacts import TensorSpec
+from shared.errors import InvalidInput, ModelUnavailable, NotSupported
+from shared.serving.admin import require_admin
 from shared.serving.calls import deadline_of
 from shared.serving.engine import Engine
-from shared.serving.repository import State
-from shared.serving.session import Array
-from shared.serving.tensors import datatype_of, from_contents, from_raw, to_raw
+from shared.serving.inference_reports import PLATFORM, answers, index_entry, model_config, model_statistics
+from shared.serving.inference_requests import deadline_within, graph_failure, read_query, to_response, variant_of
+from shared.serving.status import to_status
+from shared.serving.streams import answer_in_order
+from shared.serving.tensors import datatype_of
 
-PLATFORM = "onnxruntime_onnx"
+log = logging.getLogger(__name__)
+
+EXTENSIONS = (
+    *("binary_tensor_data", "classification", "model_configuration", "model_repository"),
+    *("parameters", "statistics"),
+)
+UNSUPPORTED = (
+    *(f"{kind}SharedMemory{verb}" for kind in ("System", "Cuda") for verb in ("Status", "Register", "Unregister")),
+    *("TraceSetting", "LogSettings"),
+)
+"""RPCs of Triton that are refused with UNIMPLEMENTED."""
+STREAM_LIMIT = 64
+"""Requests of one stream in work at once."""
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -33,7 +51,7 @@ def package_version() -> str:
 
 
 class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
-    """The unary part of the Open Inference Protocol.
+    """The Open Inference Protocol with what Triton adds to it.
 
     Args:
         engine: runs the models.
@@ -55,11 +73,13 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         """Whether the model can answer."""
         entry = self._engine.repository.find(_required(request.name, "name"), request.version)
-        return pb.ModelReadyResponse(ready=entry.state in (State.READY, State.AVAILABLE))
+        return pb.ModelReadyResponse(ready=answers(entry))
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
         """Name and version of the server."""
-        return pb.ServerMetadataResponse(name=f"usagi-{self._engine.service}", version=package_version())
+        return pb.ServerMetadataResponse(
+            name=f"usagi-{self._engine.service}", version=package_version(), extensions=EXTENSIONS
+        )
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
         """Inputs and outputs of the model."""
@@ -76,21 +96,118 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         """Runs the model on the tensors of the request."""
-        name = _required(request.model_name, "model_name")
-        variant = request.parameters["variant"].string_param if "variant" in request.parameters else ""
-        async with self._engine.repository.acquire(name, request.model_version, variant) as served:
-            with served.batcher.admit():
-                wanted = _wanted_outputs(request, served.manifest)
-                feeds = _feeds(request, served.manifest)
-                result = await served.batcher.submit(feeds, deadline_of(context))
-        response = pb.ModelInferResponse(model_name=name, model_version=served.version, id=request.id)
-        response.parameters["variant"].string_param = served.variant
-        response.parameters["batch_size"].int64_param = result.batch_size
-        for output in wanted:
-            array = result.outputs[output]
-            response.outputs.add(name=output, datatype=datatype_of(array.dtype.name), shape=array.shape)
-            response.raw_output_contents.append(to_raw(array))
+        return await self._infer(request, deadline_of(context))
+
+    async def ModelStreamInfer(
+        self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        """Answers in the order of the requests; a failed one by `error_message`, and the stream goes on.
+
+        With the metadata `triton_grpc_error: true` the first failure ends the stream with its status, as in Triton.
+        """
+        deadline = deadline_of(context)
+        ends = dict(context.invocation_metadata() or ()).get("triton_grpc_error") == "true"
+
+        async def answer(request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+            try:
+                response = await self._infer(request, deadline)
+            except Exception as error:
+                if ends:
+                    raise
+                return self._stream_error(request, error)
+            response.parameters["triton_final_response"].bool_param = True
+            return pb.ModelStreamInferResponse(infer_response=response)
+
+        async for response in answer_in_order(requests, answer, STREAM_LIMIT):
+            yield response
+
+    def _stream_error(self, request: pb.ModelInferRequest, error: Exception) -> pb.ModelStreamInferResponse:
+        status = to_status(error, self._engine.service)
+        if status.code == code_pb2.INTERNAL:
+            log.error("unexpected error", exc_info=error, extra={"model": request.model_name[:128]})
+        response = pb.ModelStreamInferResponse(error_message=status.message)
+        response.infer_response.id = request.id
+        response.infer_response.parameters["error_code"].string_param = code_pb2.Code.Name(status.code)
+        response.infer_response.parameters["triton_final_response"].bool_param = True
         return response
+
+    async def _infer(self, request: pb.ModelInferRequest, deadline: float) -> pb.ModelInferResponse:
+        name = _required(request.model_name, "model_name")
+        deadline = deadline_within(request, deadline)
+        async with self._engine.repository.acquire(name, request.model_version, variant_of(request)) as served:
+            with served.batcher.admit():
+                query = read_query(request, served.manifest)
+                try:
+                    result = await served.batcher.submit(query.feeds, deadline)
+                except Exception as error:
+                    raise graph_failure(error) or error from error
+            return to_response(request, query, served, result)
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
+        """The model's configuration in Triton's words."""
+        entry = self._engine.repository.find(_required(request.name, "name"), request.version)
+        if entry.manifest is None:
+            raise ModelUnavailable(f"model {entry.name} version {entry.version} cannot be read: {entry.reason}")
+        return pb.ModelConfigResponse(config=model_config(entry.manifest, self._engine.pool.workers))
+
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
+        """What the requests took, of one version, of all versions of a model, or of all models."""
+        repository, telemetry = self._engine.repository, self._engine.telemetry
+        entries = repository.versions()
+        if request.name:
+            found = repository.find(request.name, request.version)
+            entries = [found] if request.version else [entry for entry in entries if entry.name == request.name]
+        return pb.ModelStatisticsResponse(
+            model_stats=[
+                model_statistics(entry, telemetry.statistics(entry.name, str(entry.version))) for entry in entries
+            ]
+        )
+
+    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
+        """Every version with its state, and the cause where it does not answer."""
+        _only_repository(request.repository_name)
+        entries = self._engine.repository.versions()
+        return pb.RepositoryIndexResponse(
+            models=[index_entry(entry) for entry in entries if answers(entry) or not request.ready]
+        )
+
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        """Looks for new versions, then loads the newest of the model in this process."""
+        require_admin(context)
+        _only_repository(request.repository_name)
+        if request.parameters:
+            raise NotSupported("a configuration or files at load are not supported; publish them as a version")
+        name = _required(request.model_name, "model_name")
+        await self._engine.repository.rescan()
+        await self._engine.repository.load(name)
+        return pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Stops serving all versions of the model in this process."""
+        require_admin(context)
+        _only_repository(request.repository_name)
+        self._engine.repository.unload(_required(request.model_name, "model_name"))
+        return pb.RepositoryModelUnloadResponse()
+
+
+def _refusing(name: str) -> Any:
+    async def refuse(self: OpenInferenceServicer, request: Any, context: Context) -> Any:
+        raise NotSupported(f"{name} is not supported: this server has no shared memory, trace or log settings")
+
+    return refuse
+
+
+for _name in UNSUPPORTED:
+    setattr(OpenInferenceServicer, _name, _refusing(_name))
+
+
+def _only_repository(name: str) -> None:
+    if name:
+        raise NotSupported(f"repository_name is `{name}`, but models are not chosen by repository; leave it empty")
 
 
 def _required(name: str, field: str) -> str:
@@ -101,57 +218,3 @@ def _required(name: str, field: str) -> str:
 
 def _metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
     return pb.ModelMetadataResponse.TensorMetadata(name=spec.name, datatype=datatype_of(spec.dtype), shape=spec.shape)
-
-
-def _wanted_outputs(request: pb.ModelInferRequest, manifest: Manifest) -> list[str]:
-    known = [spec.name for spec in manifest.outputs]
-    for index, output in enumerate(request.outputs):
-        if output.name not in known:
-            raise InvalidInput(f"outputs[{index}].name", f"is `{output.name}`, the model has {', '.join(known)}")
-    return [output.name for output in request.outputs] or known
-
-
-def _feeds(request: pb.ModelInferRequest, manifest: Manifest) -> dict[str, Array]:
-    """The inputs by name, checked against the manifest.
-
-    Raises:
-        InvalidInput: missing, unknown or repeated inputs; datatype or shape that the graph does not take.
-    """
-    specs = {spec.name: spec for spec in manifest.inputs}
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
-        raise InvalidInput(
-            "raw_input_contents", f"has {len(raw)} entries, expected {len(request.inputs)}, one for every input"
-        )
-    feeds: dict[str, Array] = {}
-    for index, tensor in enumerate(request.inputs):
-        field = f"inputs[{index}]"
-        spec = specs.get(tensor.name)
-        if spec is None or tensor.name in feeds:
-            problem = "given twice" if spec else f"unknown; the model has {', '.join(specs)}"
-            raise InvalidInput(f"{field}.name", f"`{tensor.name}` is {problem}")
-        _check_spec(tensor, spec, field)
-        if raw:
-            if tensor.HasField("contents"):
-                raise InvalidInput(f"{field}.contents", "must be empty when raw_input_contents is used")
-            feeds[tensor.name] = from_raw(raw[index], tensor.datatype, tensor.shape, f"raw_input_contents[{index}]")
-        else:
-            feeds[tensor.name] = from_contents(tensor.contents, tensor.datatype, tensor.shape, field)
-    missing = [name for name in specs if name not in feeds]
-    if missing:
-        raise InvalidInput("inputs", f"lacks {', '.join(missing)}")
-    rows = {array.shape[0] for array in feeds.values()}
-    if len(rows) != 1 or 0 in rows:
-        raise InvalidInput("inputs", f"have {sorted(rows)} rows, expected the same number for all, 1 or more")
-    return feeds
-
-
-def _check_spec(tensor: pb.ModelInferRequest.InferInputTensor, spec: TensorSpec, field: str) -> None:
-    expected = datatype_of(spec.dtype)
-    if tensor.datatype != expected:
-        raise InvalidInput(f"{field}.datatype", f"is `{tensor.datatype}`, expected {expected}")
-    fits = len(tensor.shape) == len(spec.shape) and all(
-        want in (-1, size) for size, want in zip(tensor.shape, spec.shape, strict=True)
-    )
-    if not fits:
-        raise InvalidInput(f"{field}.shape", f"is {list(tensor.shape)}, expected {list(spec.shape)}")

@@ -225,7 +225,8 @@ class ModelRepository:
         except Exception as error:  # ONNX Runtime raises a class of its own for every kind of fault
             raise ArtifactError(f"{path} does not run: {error}") from error
         observer = self._telemetry.observer(version.name, str(version.version), name)
-        limits = BatchLimits(max_batch=variant.max_batch, queue_size=self._options.queue_size)
+        max_batch = variant.max_batch if manifest.batchable else 1
+        limits = BatchLimits(max_batch=max_batch, queue_size=self._options.queue_size)
         batcher = Batcher(session, self._pool, limits, observer)
         return ServedVariant(manifest, name, batcher, observer)
 
@@ -268,7 +269,8 @@ class ModelRepository:
         served.leases += 1
         started = time.perf_counter()
         try:
-            yield served
+            with served.observer.statistics.request():
+                yield served
             served.observer.whole.observe(time.perf_counter() - started)
         finally:
             served.leases -= 1

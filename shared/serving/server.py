@@ -103,9 +103,8 @@ class ModelServer:
         registry: Any = handlers  # it takes registrations as a server does
         self._services = [*self._register(self.engine, registry), *COMMON_SERVICES]
         model_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.engine), registry)
-        inference_grpc.add_GRPCInferenceServiceServicer_to_server(
-            OpenInferenceServicer(self.engine, lambda: self._ready), registry
-        )
+        inference: Any = OpenInferenceServicer  # some of its methods are set by name, which mypy cannot see
+        inference_grpc.add_GRPCInferenceServiceServicer_to_server(inference(self.engine, lambda: self._ready), registry)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
         if self._config.reflection:
             names = [*self._services, "grpc.health.v1.Health", reflection.SERVICE_NAME]

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from shared.serving import bfloat16
+
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
 
@@ -49,9 +51,12 @@ class OnnxSession:
         self._session = onnxruntime.InferenceSession(source, options, providers=list(providers))
         self.providers: list[str] = self._session.get_providers()
         self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
+        self._has_bfloat16 = bfloat16.occurs_in(self._session)
 
     def run(self, feeds: Arrays) -> dict[str, Array]:
-        """Runs the graph on `feeds`, by input name; returns all outputs by name."""
+        """Runs the graph on `feeds`, by input name; returns all outputs by name. bfloat16 goes in and out as uint16."""
+        if self._has_bfloat16:
+            return bfloat16.run(self._session, feeds)
         return dict(zip(self.output_names, self._session.run(self.output_names, dict(feeds)), strict=True))
 
 
@@ -63,6 +68,8 @@ def zeros_for(shapes: Mapping[str, tuple[str, tuple[int, ...]]], batch: int) -> 
         batch: number of items.
     """
     return {
-        name: np.zeros((batch, *(max(1, size) for size in shape[1:])) if shape else (), dtype=dtype)
+        name: np.zeros(
+            (batch, *(max(1, size) for size in shape[1:])) if shape else (), dtype=bfloat16.storage_dtype(dtype)
+        )
         for name, (dtype, shape) in shapes.items()
     }

@@ -52,3 +52,37 @@ async def answer_concurrently(
         reader.cancel()
         for task in running:
             task.cancel()
+
+
+async def answer_in_order(
+    requests: AsyncIterator[_Request], answer: Callable[[_Request], Awaitable[_Answer]], limit: int
+) -> AsyncIterator[_Answer]:
+    """Answers every request of a stream, in the order of the requests; else as `answer_concurrently`."""
+    tasks: asyncio.Queue[asyncio.Task[_Answer] | None] = asyncio.Queue()
+    places = asyncio.Semaphore(limit)
+    running: set[asyncio.Task[_Answer]] = set()
+
+    async def work(request: _Request) -> _Answer:
+        return await answer(request)
+
+    async def read() -> None:
+        try:
+            async for request in requests:
+                await places.acquire()
+                task = asyncio.create_task(work(request))
+                running.add(task)
+                tasks.put_nowait(task)
+        finally:
+            tasks.put_nowait(None)
+
+    reader = asyncio.create_task(read())
+    try:
+        while (task := await tasks.get()) is not None:
+            yield await task
+            running.discard(task)
+            places.release()
+        await reader
+    finally:
+        reader.cancel()
+        for task in running:
+            task.cancel()

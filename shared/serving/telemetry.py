@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from shared.serving.calls import CallScope, CallSpan, Metadata, TraceParent
 from shared.serving.model_observer import STAGES, ModelObserver, Stage
+from shared.serving.statistics import ModelStatistics
 
 if TYPE_CHECKING:
     from shared.serving.tracing import Tracing
@@ -46,6 +47,7 @@ class Telemetry:
         self.service = service
         self.tracing = tracing
         self.registry = CollectorRegistry()
+        self._statistics: dict[tuple[str, str], ModelStatistics] = {}
         self._retired: dict[Labels, None] = {}  # insertion-ordered: the first went first
         registry = self.registry
         ProcessCollector(registry=registry)
@@ -132,7 +134,12 @@ class Telemetry:
             batch_seconds=self.batch_seconds.labels(*labels),
             rejected=self.rejected,
             dropped=self.dropped,
+            statistics=self.statistics(model, version),
         )
+
+    def statistics(self, model: str, version: str) -> ModelStatistics:
+        """What a version's requests took, all variants together, since the process began."""
+        return self._statistics.setdefault((model, version), ModelStatistics())
 
     def loaded(self, labels: Labels, *, seconds: float, size_bytes: int, depth: Callable[[], int]) -> None:
         """A variant is in memory.

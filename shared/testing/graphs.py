@@ -96,6 +96,26 @@ def publish_colours(
     )
 
 
+def publish_identity(
+    root: Path, element: int, dtype: str, *, service: str = "test", name: str, version: int = 1
+) -> Path:
+    """Publishes `y = x` `[B, 2]` of an ONNX type (`TensorProto.STRING`) that manifests call `dtype`."""
+    tensors = [helper.make_tensor_value_info(tensor, element, ["batch", 2]) for tensor in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", tensors[:1], tensors[1:])
+    return _publish(
+        root,
+        {"fp32": helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)},
+        8,
+        service=service,
+        name=name,
+        version=version,
+        task="identity",
+        description="y = x",
+        inputs=(TensorSpec("x", dtype, (-1, 2)),),
+        outputs=(TensorSpec("y", dtype, (-1, 2)),),
+    )
+
+
 def _publish(root: Path, graphs: Mapping[str, onnx.ModelProto], max_batch: int, **fields: object) -> Path:
     contents = {variant: graph.SerializeToString() for variant, graph in graphs.items()}
     files = {variant: "model.onnx" if variant == "fp32" else f"model.{variant}.onnx" for variant in graphs}
