@@ -16,6 +16,7 @@ The tree knows gRPC's codes by name only, so that training and tools can raise t
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 DOMAIN = "usagi.dev"
@@ -123,3 +124,10 @@ class ConfigurationError(UsagiError):
 
     code = "FAILED_PRECONDITION"
     reason = "CONFIGURATION"
+
+
+def code_of(error: BaseException) -> str:
+    """Name of the gRPC code with which an error ends a call."""
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+        return "CANCELLED"
+    return error.code if isinstance(error, UsagiError) else "INTERNAL"

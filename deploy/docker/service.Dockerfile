@@ -93,7 +93,8 @@ ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 \
     OPENBLAS_NUM_THREADS=1 \
     HOME=/tmp
-RUN install -d -o 10001 -g 10001 /var/lib/usagi /var/lib/usagi/models /var/lib/usagi/runs /var/lib/usagi/results
+RUN install -d -o 10001 -g 10001 /var/lib/usagi /var/lib/usagi/models /var/lib/usagi/runs /var/lib/usagi/results \
+    /var/lib/usagi/gateway
 WORKDIR /app
 STOPSIGNAL SIGTERM
 ARG VERSION=0.1.0

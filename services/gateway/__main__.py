@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 import uvloop
 
+from services.gateway.cli import add_verbs
 from services.gateway.config import GatewayConfig, load_config
 from services.gateway.dashboard import dashboard
 from services.gateway.envoy import bootstrap
@@ -25,6 +27,7 @@ COMMANDS = {
     "render": "print Envoy's configuration",
     "validate": "let Envoy check the configuration",
     "prometheus": "print Prometheus' configuration",
+    "canary": "spread a model's calls over its versions; `canary --help` explains",
     "dashboard": "print Grafana's dashboard",
 }
 
@@ -38,10 +41,22 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", nargs="?", default="serve", choices=COMMANDS)
+    if sys.argv[1:2] == ["canary"]:
+        _canary(sys.argv[2:])
     command = parser.parse_args().command
     table = load_table()
     try:
         sys.exit(_run(command, load_config(table=table), table))
+    except UsagiError as error:
+        sys.exit(f"usagi-gateway: {error.message}")
+
+
+def _canary(arguments: list[str]) -> NoReturn:
+    parser = argparse.ArgumentParser(prog="python -m services.gateway canary")
+    add_verbs(parser)
+    options = parser.parse_args(arguments)
+    try:
+        sys.exit(options.command(options))
     except UsagiError as error:
         sys.exit(f"usagi-gateway: {error.message}")
 
@@ -66,7 +81,7 @@ def _run(command: str, config: GatewayConfig, table: ServicesTable) -> int:
 def validate(config: GatewayConfig, table: ServicesTable) -> int:
     """Envoy's own check of the configuration; its exit code."""
     with tempfile.TemporaryDirectory(prefix="usagi-gateway-") as folder:
-        path = write_configuration(Path(folder), config, table)
+        path = write_configuration(Path(folder), bootstrap(config, table))
         return subprocess.run([*envoy_command(path), "--mode", "validate"], check=False).returncode
 
 

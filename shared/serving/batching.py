@@ -121,6 +121,7 @@ class ComputePool:
         self._idle = workers
         self._waiting: deque[Batcher] = deque()
         self._dispatching = False
+        self._idlers: list[asyncio.Future[None]] = []
 
     def schedule(self, batcher: Batcher) -> None:
         """Says that `batcher` has items; it is asked for a batch as soon as a thread is free."""
@@ -142,6 +143,25 @@ class ComputePool:
             if batch:
                 self._idle -= 1
                 self._executor.submit(self._work, loop, batcher, batch)
+        if self._idle and self._idlers:
+            self._wake_idlers()
+
+    def _wake_idlers(self) -> None:
+        for idler in self._idlers:
+            if not idler.done():
+                idler.set_result(None)
+        self._idlers.clear()
+
+    async def wait_idle(self) -> None:
+        """Waits until nothing waits and a thread is free besides a spare one: for work of lower priority.
+
+        The spare one, of several, stays free for live calls even while a run of lower priority hangs.
+        """
+        spare = min(1, self.workers - 1)
+        while self._idle <= spare or self._waiting:
+            idler: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._idlers.append(idler)
+            await idler
 
     def _work(self, loop: asyncio.AbstractEventLoop, batcher: Batcher, batch: list[_Item]) -> None:
         outcome = batcher.execute(batch)

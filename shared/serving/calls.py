@@ -15,12 +15,14 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from shared.logs import request_id, trace_id
+from shared.serving.traffic import SHADOW_HEADER, VERSIONS_HEADER, parse_traffic, traffic
 
 access_log = logging.getLogger("usagi.access")
 
 REQUEST_ID = "x-request-id"
 TRACE_PARENT = "traceparent"
 TRACE_STATE = "tracestate"
+_READ = frozenset((REQUEST_ID, TRACE_PARENT, TRACE_STATE, VERSIONS_HEADER, SHADOW_HEADER))
 MAX_ID = 128
 _TRACE_PARENT = re.compile(r"([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
@@ -73,8 +75,8 @@ class MethodReports(Protocol):
     def start_span(self, parent: TraceParent | None, request_id: str) -> CallSpan | None:
         """The span of a call that is to be traced."""
 
-    def ended(self, code: str, seconds: float) -> None:
-        """A call was answered."""
+    def ended(self, code: str, seconds: float, *, counted: bool = True) -> None:
+        """A call was answered; copies of calls are not counted here."""
 
 
 class CallScope:
@@ -84,19 +86,24 @@ class CallScope:
         method: full name, `/package.Service/Method`; `unknown` for methods that do not exist, so that no caller can
             make up labels.
         request_id: the caller's or the gateway's, or a new one.
+        shadow: the call is a copy whose answer nobody reads (shared/serving/traffic.py).
         span: set while the call is traced.
         answered_by: fields of the access log that the engine adds: model, version, variant, batch.
     """
 
-    __slots__ = ("_reports", "_started", "answered_by", "method", "request_id", "span")
+    __slots__ = ("_reports", "_started", "answered_by", "method", "request_id", "shadow", "span")
 
     def __init__(self, reports: MethodReports, metadata: Metadata) -> None:
         self._started = time.perf_counter()
         self._reports = reports
         self.method = reports.method
         self.answered_by: dict[str, Any] = {}
-        found = {str(key): value for key, value in metadata if key in (REQUEST_ID, TRACE_PARENT, TRACE_STATE)}
+        found = {str(key): value for key, value in metadata if key in _READ}
         self.request_id = str(found.get(REQUEST_ID, ""))[:MAX_ID] or secrets.token_hex(16)
+        self.shadow = SHADOW_HEADER in found
+        for header in (VERSIONS_HEADER, SHADOW_HEADER):
+            if header in found:
+                traffic.set(parse_traffic(header, str(found[header])))
         parent = None
         if TRACE_PARENT in found:
             parent = TraceParent.parse(str(found[TRACE_PARENT]), str(found.get(TRACE_STATE, "")))
@@ -108,11 +115,13 @@ class CallScope:
     def finish(self, code: str, message: str = "") -> None:
         """Counts, logs and ends the call; `code` is the name of its gRPC code."""
         seconds = time.perf_counter() - self._started
-        self._reports.ended(code, seconds)
+        self._reports.ended(code, seconds, counted=not self.shadow)
         if self.span is not None:
             self.span.end(code, message)
         if access_log.isEnabledFor(logging.INFO):
             fields = {"method": self.method, "code": code, "ms": round(seconds * 1000, 3), **self.answered_by}
             if message:
                 fields["error"] = message
+            if self.shadow:
+                fields["shadow"] = True
             access_log.info("call", extra=fields)

@@ -21,6 +21,7 @@ from shared.serving.batching import Batcher
 from shared.serving.calls import REQUEST_ID
 from shared.serving.status import to_status, trailers_of
 from shared.serving.telemetry import MethodObserver, Telemetry
+from shared.serving.traffic import ShadowDropped, traffic
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,8 @@ class CallHandlers(grpc.GenericRpcHandler):
         """A handler that refuses unread: as a stream it is called before gRPC waits for the message."""
 
         async def refuse(requests: AsyncIterator[bytes], context: Any) -> bytes:
+            if traffic.get().shadow:
+                raise ShadowDropped("live calls come first")
             batcher = self._overload()
             raise batcher.refusal() if batcher is not None else Unreachable("overloaded a moment ago; try again")
 

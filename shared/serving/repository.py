@@ -19,11 +19,13 @@ from enum import Enum
 from pathlib import Path
 
 from shared.artifacts import CARD_NAME, MANIFEST_NAME, ArtifactError, Manifest, read_manifest, verify_variant
-from shared.errors import ModelNotFound, ModelUnavailable, Unreachable, UsagiError
+from shared.errors import ModelNotFound, ModelUnavailable, Unreachable, UsagiError, code_of
 from shared.serving.batching import Batcher, BatchLimits, ComputePool
 from shared.serving.model_observer import ModelObserver
 from shared.serving.session import OnnxSession, Session, zeros_for
+from shared.serving.shadowing import ShadowGate
 from shared.serving.telemetry import Telemetry
+from shared.serving.traffic import UNROUTED, ShadowDropped, Traffic, traffic
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +114,7 @@ class ModelRepository:
         self._options = options or RepositoryOptions()
         self._versions: dict[tuple[str, int], ModelVersion] = {}
         self._by_name: dict[str, list[ModelVersion]] = {}
+        self._shadow_gate = ShadowGate(pool)
         self._rescan_lock = asyncio.Lock()
         self._scanned = False
 
@@ -258,22 +261,69 @@ class ModelRepository:
 
         Args:
             name: model name.
-            version: empty for the newest.
+            version: empty for the one that the gateway's canary chose, or else the newest.
             variant: empty or `auto` for the fastest within its budget.
 
         Raises:
             ModelNotFound: no such model, version or variant.
             ModelUnavailable: broken or unloaded.
+            ShadowDropped: this is the copy of a call, and not to be run.
         """
-        served = await self.variant(self.find(name, version), variant)
-        served.leases += 1
-        started = time.perf_counter()
+        call = traffic.get()
+        if call is UNROUTED:
+            served = await self.variant(self.find(name, version), variant)
+        else:
+            served = await self._routed(call, name, version, variant)
+        async with contextlib.AsyncExitStack() as routed:
+            if call is not UNROUTED:
+                await routed.enter_async_context(self._observed(call, served))
+            served.leases += 1
+            started = time.perf_counter()
+            counted = contextlib.nullcontext() if call.shadow else served.observer.statistics.request()
+            try:
+                with counted:
+                    yield served
+                if not call.shadow:
+                    served.observer.whole.observe(time.perf_counter() - started)
+            finally:
+                served.leases -= 1
+
+    async def _routed(self, call: Traffic, name: str, version: str, variant: str) -> ServedVariant:
+        """The first version of the canary's that can answer; else, for a live call, what it gets without a canary."""
+        wanted = call.versions.get(name, ()) if version == "" else ()
+        for number in wanted:
+            try:
+                return await self.variant(self.find(name, number), variant)
+            except (ModelNotFound, ModelUnavailable) as error:
+                log.debug("canary passed over", extra={"model": name, "version": number, "reason": error.message})
+        if not call.shadow:
+            return await self.variant(self.find(name, version), variant)
+        if wanted:
+            self._telemetry.shadow_dropped.labels(name, wanted[0], "unavailable").inc()
+        raise ShadowDropped(f"the copy names no version of {name} that is here")
+
+    @asynccontextmanager
+    async def _observed(self, call: Traffic, served: ServedVariant) -> AsyncIterator[None]:
+        """Measures a call that a canary routed; a copy waits for its turn first."""
+        model, version, _ = served.observer.labels
+        leave = None
+        if call.shadow:
+            try:
+                leave = await self._shadow_gate.enter()
+            except ShadowDropped:
+                self._telemetry.shadow_dropped.labels(model, version, "busy").inc()
+                raise
+        started, code = time.perf_counter(), "OK"
         try:
-            with served.observer.statistics.request():
-                yield served
-            served.observer.whole.observe(time.perf_counter() - started)
+            yield
+        except BaseException as error:
+            code = code_of(error)
+            raise
         finally:
-            served.leases -= 1
+            if leave is not None:
+                leave()
+            seconds = time.perf_counter() - started
+            self._telemetry.version_seconds.labels(model, version, call.kind, code).observe(seconds)
 
     async def variant(self, version: ModelVersion, variant: str = "") -> ServedVariant:
         """The variant of a version, loaded; raises as `acquire` does."""

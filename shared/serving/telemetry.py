@@ -101,6 +101,19 @@ class Telemetry:
             *(self.rejected, self.dropped),
         )
         self.queue_depth = Gauge("usagi_queue_depth", "Items that wait now.", MODEL, registry=registry)
+        self.version_seconds = Histogram(
+            "usagi_version_duration_seconds",
+            "Seconds of the calls that a canary routed; traffic is live, or shadow for copies of calls.",
+            ("model", "version", "traffic", "code"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.shadow_dropped = Counter(
+            "usagi_shadow_dropped",
+            "Copies of calls that were not run.",
+            ("model", "version", "reason"),
+            registry=registry,
+        )
         self.model_info = Gauge("usagi_model_info", "1 for every variant in memory.", MODEL, registry=registry)
         self.model_bytes = Gauge(
             "usagi_model_bytes", "Bytes of the weights of a variant in memory.", MODEL, registry=registry
@@ -200,9 +213,11 @@ class MethodObserver:
         """The span of a call; None if it is not traced."""
         return self._tracing.start_call(self.method, parent, request_id) if self._tracing is not None else None
 
-    def ended(self, code: str, seconds: float) -> None:
-        """A call was answered."""
+    def ended(self, code: str, seconds: float, *, counted: bool = True) -> None:
+        """A call was answered; copies of calls are not counted here."""
         self._inflight.dec()
+        if not counted:
+            return
         counter = self._counters.get(code)
         if counter is None:
             counter = self._counters[code] = self._requests.labels(self.service, self.method, code)
