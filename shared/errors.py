@@ -5,6 +5,7 @@
     ├── ModelNotFound           NOT_FOUND            no such model, version or variant; lists what there is
     ├── ModelUnavailable        FAILED_PRECONDITION  it exists, but is corrupt or unloaded
     ├── Overloaded              RESOURCE_EXHAUSTED   the queue is full; says when to come back
+    ├── MessageTooLarge         RESOURCE_EXHAUSTED   a request or an answer over the limit of one message
     ├── DeadlinePassed          DEADLINE_EXCEEDED    too late before the work began
     ├── PermissionRefused       PERMISSION_DENIED    needs the admin role
     ├── NotSupported            UNIMPLEMENTED        known to the protocol, not to this server
@@ -89,6 +90,19 @@ class Overloaded(UsagiError):
     def __init__(self, message: str, *, retry_after: float, metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(message, metadata=metadata)
         self.retry_after = retry_after
+
+
+class MessageTooLarge(UsagiError):
+    """A message of `size` bytes where `limit` are allowed."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "MESSAGE_TOO_LARGE"
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            f"a message of {size} bytes, expected at most {limit}; send less at once, or raise USAGI_MAX_MESSAGE_BYTES",
+            metadata={"size": str(size), "limit": str(limit)},
+        )
 
 
 class DeadlinePassed(UsagiError):

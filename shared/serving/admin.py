@@ -24,10 +24,11 @@ def require_admin(context: Any) -> None:
 
 
 def is_loopback(peer: str) -> bool:
-    """Whether a gRPC peer string (`ipv4:127.0.0.1:5`, `ipv6:%5B::1%5D:5`, `unix:`) is this machine."""
-    kind, _, address = unquote(peer).partition(":")
-    if kind == "unix":
-        return True
+    """Whether a gRPC peer string (`ipv4:127.0.0.1:5`, `ipv6:%5B::1%5D:5`) is this machine.
+
+    A Unix socket (`unix:`) is not: the native front forwards some calls over one, whoever made them.
+    """
+    _, _, address = unquote(peer).partition(":")
     host = address.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -19,6 +19,7 @@ class ServingConfig:
         metrics_port: Prometheus port; 0 switches it off.
         model_roots: searched in order, the writable one first.
         rescan_seconds: how often new versions are looked for.
+        front: what takes the calls: `native` or `grpcio`; see shared/serving/front.py.
         queue_size: requests that may wait for each model besides the batches that run.
         threads: threads that run graphs; 0 means the CPU quota rounded up.
         intra_op_threads: ONNX Runtime threads of each run; 1 is best under load.
@@ -35,6 +36,7 @@ class ServingConfig:
     metrics_port: int = 9464
     model_roots: tuple[Path, ...] = DEFAULT_ROOTS
     rescan_seconds: float = 2.0
+    front: str = "native"
     queue_size: int = 100
     threads: int = 0
     intra_op_threads: int = 1
@@ -53,5 +55,7 @@ class ServingConfig:
             raise ValueError("USAGI_QUEUE_SIZE and USAGI_THREADS must be 0 or more, USAGI_INTRA_OP_THREADS 1 or more")
         if self.rescan_seconds <= 0:
             raise ValueError(f"USAGI_RESCAN_SECONDS={self.rescan_seconds} must be above 0")
+        if self.front not in {"native", "grpcio"}:
+            raise ValueError(f"USAGI_FRONT={self.front} is not native or grpcio")
         if self.log_level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
             raise ValueError(f"USAGI_LOG_LEVEL={self.log_level} is not DEBUG, INFO, WARNING or ERROR")

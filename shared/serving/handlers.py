@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 from grpc_status import rpc_status
 
-from shared.errors import InvalidInput, NotSupported, Unreachable
+from shared.errors import InvalidInput, NotSupported, Unreachable, UsagiError
 from shared.serving.batching import Batcher
 from shared.serving.calls import REQUEST_ID
 from shared.serving.status import to_status, trailers_of
@@ -38,6 +38,7 @@ CONTROL = (
 """Methods that need no model to run, so that overload does not concern them."""
 
 Handler = Any  # grpc.RpcMethodHandler has no usable type
+Trailers = tuple[tuple[str, str | bytes], ...]
 
 
 class CallHandlers(grpc.GenericRpcHandler):
@@ -53,6 +54,7 @@ class CallHandlers(grpc.GenericRpcHandler):
         self._overload = overload
         self._handlers: dict[str, Handler] = {}
         self._refusals: dict[str, Handler] = {}
+        self._observers: dict[str, MethodObserver] = {}
         self._unknown = telemetry.method("unknown")
 
     def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
@@ -65,13 +67,26 @@ class CallHandlers(grpc.GenericRpcHandler):
             if method.startswith(QUIET):
                 self._handlers[method] = handler
                 continue
-            observer = self._telemetry.method(method)
+            observer = self._observers[method] = self._telemetry.method(method)
             self._handlers[method] = wrap_handler(handler, observer)
             if not (handler.request_streaming or handler.response_streaming or method.startswith(CONTROL)):
                 self._refusals[method] = wrap_handler(self._refusing(), observer)
 
+    def methods(self) -> Iterable[tuple[str, Handler]]:
+        """Path and handler of every method."""
+        return self._handlers.items()
+
+    def overloaded(self, method: str) -> UsagiError | None:
+        """The error with which a call of this method is refused now; None if it may come in."""
+        batcher = self._overload() if method in self._refusals else None
+        return None if batcher is None else batcher.refusal()
+
+    def refuse(self, method: str, error: Exception, context: Any) -> tuple[grpc.StatusCode, str, Trailers]:
+        """Counts and logs a call that ends before its handler; its status, as abort() takes it."""
+        return _CallRecord(self._observers.get(method, self._unknown), context).failure(error)
+
     def service(self, handler_call_details: Any) -> Handler:
-        """gRPC asks for the handler of a call."""
+        """grpcio asks for the handler of a call."""
         method: str = handler_call_details.method
         refusal = self._refusals.get(method)
         if refusal is not None and self._overload() is not None:
@@ -160,14 +175,17 @@ class _CallRecord:
         if isinstance(error, grpc.aio.AbortError):  # the servicer set the status itself
             self.finish(self._context.code())
             return
+        await self._context.abort(*self.failure(error))
+
+    def failure(self, error: Exception) -> tuple[grpc.StatusCode, str, Trailers]:
+        """Counts and logs the call as failed; its status, as abort() takes it."""
         request_id = self._scope.request_id
         status = to_status(error, self._observer.service, request_id)
         rich = rpc_status.to_status(status)
         if rich.code is grpc.StatusCode.INTERNAL:
             log.error("unexpected error", exc_info=error, extra={"method": self._observer.method})
         self.finish(rich.code, status.message)
-        trailers = (*rich.trailing_metadata, (REQUEST_ID, request_id), *trailers_of(error))
-        await self._context.abort(rich.code, rich.details, trailing_metadata=trailers)
+        return rich.code, rich.details, (*rich.trailing_metadata, (REQUEST_ID, request_id), *trailers_of(error))
 
     def finish(self, code: grpc.StatusCode, message: str = "") -> None:
         """Counts, logs and traces the call."""

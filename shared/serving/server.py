@@ -14,8 +14,6 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grpc
-import grpc.aio
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
@@ -27,6 +25,7 @@ from shared.errors import ConfigurationError
 from shared.logs import configure_json
 from shared.serving.config import ServingConfig
 from shared.serving.engine import Engine
+from shared.serving.front import Front, make_front
 from shared.serving.handlers import CallHandlers
 from shared.serving.model_service import ModelServicer
 from shared.serving.open_inference import OpenInferenceServicer
@@ -36,19 +35,6 @@ log = logging.getLogger(__name__)
 COMMON_SERVICES = ("usagi.model.v1.ModelService", "inference.GRPCInferenceService")
 Register = Callable[[Engine, Any], Sequence[str]]
 """Adds a domain's own servicers to a server (or what stands in for it) and returns their full names."""
-
-
-def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """gRPC's options of every server of ours."""
-    return [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.so_reuseport", 0),  # two servers on one port would share it silently
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.max_connection_age_ms", 5 * 60_000),  # so that new replicas get their share
-        ("grpc.max_connection_age_grace_ms", 60_000),
-    ]
 
 
 class Health(health_aio.HealthServicer):  # type: ignore[misc]
@@ -91,7 +77,7 @@ class ModelServer:
         self._services: list[str] = []
         self._ready = False
         self._watcher: asyncio.Task[None] | None = None
-        self._server: grpc.aio.Server | None = None
+        self._front: Front | None = None
 
     async def start(self) -> None:
         """Opens the port at once, answering NOT_SERVING, then warms the models, then says SERVING.
@@ -111,16 +97,15 @@ class ModelServer:
             reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
                 reflection.aio.ReflectionServicer(names), handlers
             )
-        server = self._server = grpc.aio.server(options=channel_options(self._config.max_message_bytes))
-        server.add_generic_rpc_handlers((handlers,))
+        front = self._front = make_front(self._config.front, handlers, self._config.max_message_bytes)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
-            self.port = server.add_insecure_port(f"{self._config.host}:{self._config.port}")
-        except RuntimeError as error:
+            self.port = front.listen(f"{self._config.host}:{self._config.port}")
+        except (RuntimeError, OSError) as error:
             raise ConfigurationError(
                 f"cannot listen on {self._config.host}:{self._config.port}: is another server there? set USAGI_PORT"
             ) from error
-        await server.start()
+        await front.start()
         await self.engine.start()
         gc.collect()
         gc.freeze()  # what lives from now to the end is not worth scanning while calls wait
@@ -140,8 +125,8 @@ class ModelServer:
         log.info("draining", extra={"seconds": self._config.drain_seconds})
         await asyncio.sleep(self._config.drain_seconds)
         self._health.end_watches()
-        if self._server is not None:
-            await self._server.stop(self._config.grace_seconds)
+        if self._front is not None:
+            await self._front.stop(self._config.grace_seconds)
         if self._watcher is not None:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):

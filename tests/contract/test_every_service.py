@@ -1,5 +1,6 @@
 """What every service promises, asked of real processes directly and through the gateway, with the shipped models."""
 
+import contextlib
 import json
 
 import grpc
@@ -15,16 +16,18 @@ from usagi.model.v1 import model_service_pb2_grpc as model_grpc
 
 from shared.client.local import local_stack
 from shared.services_table import load_table
+from shared.serving.front import FRONTS
 from shared.serving.session import OnnxSession
 
 SERVICES = load_table().services
 COMMON = ["usagi.model.v1.ModelService", "inference.GRPCInferenceService", "grpc.health.v1.Health"]
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory):
-    with local_stack(tmp_path_factory.mktemp("logs"), free_ports=True) as running:
-        yield running
+@pytest.fixture(scope="module", params=FRONTS)
+def stack(tmp_path_factory, request):
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as started:
+        patch.setenv("USAGI_FRONT", request.param)
+        yield started.enter_context(local_stack(tmp_path_factory.mktemp("logs"), free_ports=True))
 
 
 @pytest.fixture(params=["direct", "gateway"])

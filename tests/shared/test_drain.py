@@ -15,6 +15,7 @@ from inference import open_inference_grpc_pb2 as pb
 from inference import open_inference_grpc_pb2_grpc as pb_grpc
 
 from shared.serving.config import ServingConfig
+from shared.serving.front import FRONTS
 from shared.testing.graphs import publish_affine
 from shared.testing.server import GatedSession, running_server
 
@@ -28,10 +29,11 @@ def infer_request():
     return request
 
 
-def test_running_calls_finish_and_health_says_so_first(tmp_path):
+@pytest.mark.parametrize("front", FRONTS)
+def test_running_calls_finish_and_health_says_so_first(tmp_path, front):
     publish_affine(tmp_path)
     gate = threading.Event()
-    config = ServingConfig(model_roots=(tmp_path,), threads=1, drain_seconds=0.5)
+    config = ServingConfig(model_roots=(tmp_path,), threads=1, drain_seconds=0.5, front=front)
     with running_server("test", config, open_session=lambda path: GatedSession(path, gate)) as running:
         channel = grpc.insecure_channel(running.address)
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
@@ -56,12 +58,19 @@ def test_running_calls_finish_and_health_says_so_first(tmp_path):
         channel.close()
 
 
+@pytest.mark.parametrize("front", FRONTS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_process_ends_well_at_a_signal(tmp_path, number):
+def test_process_ends_well_at_a_signal(tmp_path, number, front):
     log = (tmp_path / "log").open("w+")
     process = subprocess.Popen(
         [sys.executable, "-m", "services.vision.serving"],
-        env={"PATH": "/usr/bin", "USAGI_PORT": "0", "USAGI_METRICS_PORT": "0", "USAGI_MODEL_ROOTS": str(tmp_path)},
+        env={
+            "PATH": "/usr/bin",
+            "USAGI_PORT": "0",
+            "USAGI_METRICS_PORT": "0",
+            "USAGI_MODEL_ROOTS": str(tmp_path),
+            "USAGI_FRONT": front,
+        },
         stderr=log,
     )
     with contextlib.closing(log):

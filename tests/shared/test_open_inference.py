@@ -9,17 +9,18 @@ from inference import open_inference_grpc_pb2 as pb
 from inference import open_inference_grpc_pb2_grpc as pb_grpc
 
 from shared.serving.config import ServingConfig
+from shared.serving.front import FRONTS
 from shared.serving.tensors import from_contents, from_raw, to_raw
 from shared.testing.graphs import publish_affine
 from shared.testing.server import running_server
 
 
-@pytest.fixture(scope="module")
-def channel(tmp_path_factory):
+@pytest.fixture(scope="module", params=FRONTS)
+def channel(tmp_path_factory, request):
     root = tmp_path_factory.mktemp("models")
     publish_affine(root)
     with (
-        running_server("test", ServingConfig(model_roots=(root,), threads=1)) as running,
+        running_server("test", ServingConfig(model_roots=(root,), threads=1, front=request.param)) as running,
         grpc.insecure_channel(running.address) as opened,
     ):
         yield opened

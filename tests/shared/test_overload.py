@@ -17,6 +17,7 @@ from inference import open_inference_grpc_pb2_grpc as pb_grpc
 
 from shared.serving.config import ServingConfig
 from shared.serving.engine import Engine
+from shared.serving.front import FRONTS
 from shared.serving.server import ModelServer
 from shared.testing.graphs import publish_affine
 from shared.testing.server import GatedSession, no_services
@@ -25,7 +26,7 @@ CALLS, QUEUE, BATCH = 500, 100, 8
 REFUSAL_SECONDS = 0.100
 
 
-def serve_gated(root, gate, ports, stop, batches):
+def serve_gated(root, front, gate, ports, stop, batches):
     """The server's process: every run of the graph waits for `gate`."""
     sessions = []
 
@@ -34,7 +35,9 @@ def serve_gated(root, gate, ports, stop, batches):
         return sessions[-1]
 
     async def main():
-        config = ServingConfig(model_roots=(Path(root),), port=0, metrics_port=0, threads=1, queue_size=QUEUE)
+        config = ServingConfig(
+            model_roots=(Path(root),), port=0, metrics_port=0, threads=1, queue_size=QUEUE, front=front
+        )
         engine = Engine("test", config, open_session)
         server = ModelServer(engine, no_services)
         await server.start()
@@ -53,11 +56,12 @@ def serve_gated(root, gate, ports, stop, batches):
 
 
 class GatedServer:
-    def __init__(self, root):
+    def __init__(self, root, front):
+        self.front = front
         context = multiprocessing.get_context("spawn")
         self.gate, self._stop = context.Event(), context.Event()
         self._ports, self._batches = context.Queue(), context.Queue()
-        arguments = (str(root), self.gate, self._ports, self._stop, self._batches)
+        arguments = (str(root), front, self.gate, self._ports, self._stop, self._batches)
         self._process = context.Process(target=serve_gated, args=arguments, daemon=True)
         self._process.start()
         self.address = f"127.0.0.1:{self._ports.get(timeout=60)}"
@@ -70,10 +74,10 @@ class GatedServer:
         return result
 
 
-@pytest.fixture
-def server(tmp_path):
+@pytest.fixture(params=FRONTS)
+def server(tmp_path, request):
     publish_affine(tmp_path, max_batch=BATCH)
-    gated = GatedServer(tmp_path)
+    gated = GatedServer(tmp_path, request.param)
     yield gated
     gated.gate.set()
     gated._stop.set()
@@ -126,12 +130,12 @@ def test_500_calls_at_once(server):
     for error, _ in refusals:
         details = {packed.TypeName() for packed in rpc_status.from_call(error).details}
         assert {"google.rpc.RetryInfo", "google.rpc.ErrorInfo"} <= details
-        assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+        if server.front == "grpcio":  # the native front cannot send keys that gRPC reserves; RetryInfo says the same
+            assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
     slowest, trivial_slowest = (max(seconds for _, seconds in each) for each in (refusals, trivial))
     print(f"slowest refusal {slowest * 1000:.0f} ms, slowest of {CALLS} trivial calls {trivial_slowest * 1000:.0f} ms")
-    # A busy machine cannot answer 500 calls of any kind in 100 ms, so the same number of calls that do nothing sets the
-    # scale; on an idle machine the first limit is the one that counts.
-    assert slowest < max(REFUSAL_SECONDS, 3 * trivial_slowest)
+    # grpc.aio cannot answer 500 calls of any kind in 100 ms reliably, so there calls that do nothing set the scale.
+    assert slowest < (REFUSAL_SECONDS if server.front == "native" else max(REFUSAL_SECONDS, 3 * trivial_slowest))
     batches, dropped = server.finish()
     assert sum(batches) == QUEUE + BATCH
     assert dropped == 0
