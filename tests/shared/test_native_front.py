@@ -61,7 +61,7 @@ class Streams:
 @pytest.fixture(params=FRONTS)
 def served(request):
     streams = Streams()
-    handlers = CallHandlers("test", Telemetry("test"))
+    handlers = CallHandlers(Telemetry("test"))
     methods = {
         "Count": grpc.unary_stream_rpc_method_handler(streams.count),
         "FailLate": grpc.unary_stream_rpc_method_handler(streams.fail_late),
@@ -173,7 +173,7 @@ def test_what_outlives_the_grace_is_ended(served):
 
 def test_live_with_no_handler_registered_natively():
     """The protocol's stubs know nothing of fronts: a plain stub against a front without methods."""
-    handlers = CallHandlers("test", Telemetry("test"))
+    handlers = CallHandlers(Telemetry("test"))
 
     async def main(front):
         made = make_front(front, handlers, LIMIT)
