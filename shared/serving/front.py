@@ -1,6 +1,6 @@
 """What stands between the network and the handlers: gRPC's own asyncio server, or a native one with the same contract.
 
-`USAGI_FRONT` chooses. ADR 5 has the evidence for the default and says what does not run natively.
+`USAGI_FRONT` chooses. ADR 7 has the evidence for the default and says what does not run natively.
 """
 
 from __future__ import annotations
