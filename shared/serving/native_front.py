@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 EVENTS_AT_ONCE = 256
 IO_THREADS = 1
 """Of the HTTP/2 runtime: it is far from being what limits a process."""
+FLUSH_SECONDS = 5.0
+"""How long answers may take to leave at the end: a caller that does not read must not hold a stopping process."""
+SETTLE_SECONDS = 0.2
+"""From the last answer's end to the closing of its connection, for the socket's own buffers."""
 
 
 class NativeFront:
@@ -56,7 +60,9 @@ class NativeFront:
 
     def listen(self, address: str) -> int:
         """See Front."""
-        self._front = NativeGrpcFront(address, [], io_threads=IO_THREADS, call_details=True, delay_stream_headers=True)
+        self._front = NativeGrpcFront(
+            address, [], io_threads=IO_THREADS, call_details=True, delay_stream_headers=True, metrics=True
+        )
         return self._front.bound_port
 
     async def start(self) -> None:
@@ -82,8 +88,22 @@ class NativeFront:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         await fallback
+        await self._flush()
         await asyncio.to_thread(self._listening().close)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _flush(self) -> None:
+        """Waits until every answer has left: close() drops what the HTTP/2 threads have not written yet."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._unanswered() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(SETTLE_SECONDS)
+
+    def _unanswered(self) -> int:
+        methods = ((self._listening().metrics() or {}).get("methods") or {}).values()
+        return sum(
+            method["started"] - sum(status["count"] for status in method["status"].values()) for method in methods
+        )
 
     def _listening(self) -> NativeGrpcFront:
         if self._front is None:
