@@ -37,6 +37,7 @@ IO_THREADS = 1
 """Of the HTTP/2 runtime: it is far from being what limits a process."""
 FLUSH_SECONDS = 5.0
 """How long answers may take to leave at the end: a caller that does not read must not hold a stopping process."""
+FLUSH_STEP_SECONDS = 0.01
 SETTLE_SECONDS = 0.2
 """From the last answer's end to the closing of its connection, for the socket's own buffers."""
 
@@ -94,9 +95,10 @@ class NativeFront:
 
     async def _flush(self) -> None:
         """Waits until every answer has left: close() drops what the HTTP/2 threads have not written yet."""
-        deadline = time.monotonic() + FLUSH_SECONDS
-        while self._unanswered() and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
+        for _ in range(round(FLUSH_SECONDS / FLUSH_STEP_SECONDS)):
+            if not self._unanswered():
+                break
+            await asyncio.sleep(FLUSH_STEP_SECONDS)
         await asyncio.sleep(SETTLE_SECONDS)
 
     def _unanswered(self) -> int:
