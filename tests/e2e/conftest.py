@@ -21,7 +21,7 @@ def engine_problem():
 
 @pytest.fixture(scope="session")
 def stack(request):
-    """`make up` under a project name of its own; the containers' logs are printed if any test failed."""
+    """From `make up` to `make down`, as a project of its own; the logs are printed if any test failed."""
     problem = engine_problem()
     if problem:
         pytest.skip(f"needs a Docker engine with Compose v2: {problem}")
@@ -34,4 +34,9 @@ def stack(request):
         if request.session.testsfailed > failed_before:
             print(stack.compose("ps", "--all", check=False))
             print(stack.compose("logs", "--tail", "40", check=False))
-        stack.remove()
+        try:
+            stack.run("make", "down")
+            left = stack.compose("ps", "--all", "--quiet").split()
+        finally:
+            stack.remove()
+    assert left == [], "`make down` leaves no container of its own"

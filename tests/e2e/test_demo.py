@@ -1,4 +1,4 @@
-"""`usagi demo`, the way a newcomer sees it: real processes, real answers, pictures, and nothing left running."""
+"""`make demo`, the way a newcomer sees it: real processes, real answers, pictures, and nothing left running."""
 
 import contextlib
 import os
@@ -23,12 +23,14 @@ def running(pattern):
     return subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout.split()
 
 
-def test_demo_answers_draws_and_stops(tmp_path):
+def test_demo_answers_draws_and_stops():
+    picture_file = ROOT / "out/vision_classify.png"
+    picture_file.unlink(missing_ok=True)
     before = set(running("services.vision.serving")) | set(running("services.gateway"))
     started = time.monotonic()
     environment = {**os.environ, "COLUMNS": "140"}
     done = subprocess.run(
-        [*USAGI, "demo", "--out", str(tmp_path)],
+        ["make", "demo"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -41,7 +43,7 @@ def test_demo_answers_draws_and_stops(tmp_path):
     assert done.stdout.count("right") >= 6, f"of 8 photos at least 6 are recognised:\n{done.stdout}"
     assert "fp32" in done.stdout
     assert "int8" in done.stdout
-    picture = cv2.imread(str(tmp_path / "vision_classify.png"))
+    picture = cv2.imread(str(picture_file))
     assert picture is not None
     assert picture.std() > 20, "the picture shows something"
     assert min(picture.shape[:2]) > 400
