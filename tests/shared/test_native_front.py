@@ -168,7 +168,7 @@ def test_what_outlives_the_grace_is_ended(served):
     with pytest.raises(grpc.RpcError) as caught:
         call.result(10)
     assert caught.value.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
-    assert streams.cancelled.is_set()
+    assert streams.cancelled.wait(10)
 
 
 def test_live_with_no_handler_registered_natively():
