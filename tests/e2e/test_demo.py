@@ -107,6 +107,8 @@ def test_nothing_outlives_the_command(tmp_path, number):
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        # a shell's background job, such as a CI's, begins with SIGINT ignored, and its children with it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == b"up\n"
     assert len(marked(marker)) >= 3, "the command, vision, the gateway"
