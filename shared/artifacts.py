@@ -1,13 +1,17 @@
 """The manifest: the one contract between training, which writes it, and serving, which reads and verifies it.
 
 A model version is a folder `<root>/<service>/<model>/<version>/` with one ONNX file per variant, `manifest.json` and
-`card.md`. It is published whole or not at all: written to a temporary folder beside it, synced, renamed, and the
-manifest renamed into place last. A reader that sees a manifest therefore sees everything that it names.
+`card.md`. It is published whole or not at all: written to a temporary folder beside it, manifest last, synced, and then
+put in place by one rename. A reader that sees a manifest therefore sees everything that it names, and a full disk
+leaves what was there before.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -167,6 +171,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
         manifest = parse_manifest(path.read_text(encoding="utf-8"), origin=str(path))
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{folder} has no {MANIFEST_NAME}: half published? publish the model version again"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if (manifest.name, str(manifest.version)) != (folder.parent.name, folder.name):
@@ -183,24 +191,42 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify_variant(folder: Path, variant: Variant) -> Path:
-    """Checks size and SHA-256 of a variant's file and returns its path.
+def check_size(folder: Path, variant: Variant) -> Path:
+    """Checks that a variant's file is there with its size, at the cost of a look into the folder; returns its path.
 
     Raises:
-        ArtifactError: missing, or not the file that the manifest was written for.
+        ArtifactError: missing, or of another size than the manifest says.
     """
     path = folder / variant.file
     if Path(variant.file).name != variant.file:
         raise ArtifactError(f"{folder}: variant file `{variant.file}` must be a plain name inside the version's folder")
     try:
         size = path.stat().st_size
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; publish the model version again") from error
+    if size != variant.bytes:
+        raise ArtifactError(
+            f"{path} is not the file of its manifest: it has {size} bytes, expected {variant.bytes}; "
+            "publish the model version again"
+        )
+    return path
+
+
+def verify_variant(folder: Path, variant: Variant) -> Path:
+    """Checks size and SHA-256 of a variant's file and returns its path.
+
+    Raises:
+        ArtifactError: missing, or not the file that the manifest was written for.
+    """
+    path = check_size(folder, variant)
+    try:
         digest = sha256_of(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}; publish the model version again") from error
-    if size != variant.bytes or digest != variant.sha256:
+    if digest != variant.sha256:
         raise ArtifactError(
-            f"{path} is not the file of its manifest: {size} bytes with sha256 {digest[:12]}…, expected "
-            f"{variant.bytes} bytes with {variant.sha256[:12]}…; publish the model version again"
+            f"{path} is not the file of its manifest: its sha256 is {digest[:12]}…, expected {variant.sha256[:12]}…; "
+            "publish the model version again"
         )
     return path
 
@@ -236,6 +262,7 @@ def publish(root: Path, manifest: Manifest, fill: Callable[[Path], None]) -> Pat
 
     Raises:
         ArtifactError: a file that the manifest names is missing or differs.
+        OSError: the disk is full or cannot be written; what was there before is untouched.
     """
     final = root / manifest.service / manifest.name / str(manifest.version)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -244,25 +271,51 @@ def publish(root: Path, manifest: Manifest, fill: Callable[[Path], None]) -> Pat
         fill(staging)
         for variant in manifest.variants.values():
             verify_variant(staging, variant)
+        write_atomically(staging / MANIFEST_NAME, manifest.to_json())
         for path in staging.iterdir():
             path.chmod(0o644)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         staging.chmod(0o755)
         _sync_folder(staging)
-        if final.exists():  # a reader must never see the old manifest beside new weights
-            retired = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".retired.{manifest.version}."))
-            final.replace(retired / "old")
-            staging.replace(final)
-            shutil.rmtree(retired)
-        else:
-            staging.replace(final)
-        write_atomically(final / MANIFEST_NAME, manifest.to_json())
+        _put_in_place(staging, final)
         _sync_folder(final.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # after an exchange it holds the old version
     return final
+
+
+def _put_in_place(staging: Path, final: Path) -> None:
+    """Renames `staging` to `final`; what was there is then in `staging`, or gone."""
+    try:
+        staging.replace(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if _exchange(staging, final):
+            return
+        # No atomic exchange on this file system: for an instant the version is not there.
+        retired = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".retired.{final.name}."))
+        try:
+            final.replace(retired / "old")
+            try:
+                staging.replace(final)
+            except OSError:
+                (retired / "old").replace(final)
+                raise
+        finally:
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step (Linux's renameat2); False where the system or the file system has no such step."""
+    at_working_directory, exchange = -100, 2
+    with contextlib.suppress(AttributeError, OSError):
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        return bool(
+            rename(at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other), exchange) == 0
+        )
+    return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@
     ├── ModelNotFound           NOT_FOUND            no such model, version or variant; lists what there is
     ├── ModelUnavailable        FAILED_PRECONDITION  it exists, but is corrupt or unloaded
     ├── Overloaded              RESOURCE_EXHAUSTED   the queue is full; says when to come back
+    │   └── ModelMemoryFull     RESOURCE_EXHAUSTED   every model in memory is in use, so no other can be loaded now
     ├── MessageTooLarge         RESOURCE_EXHAUSTED   a request or an answer over the limit of one message
     ├── DeadlinePassed          DEADLINE_EXCEEDED    too late before the work began
     ├── PermissionRefused       PERMISSION_DENIED    needs the admin role
@@ -90,6 +91,12 @@ class Overloaded(UsagiError):
     def __init__(self, message: str, *, retry_after: float, metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(message, metadata=metadata)
         self.retry_after = retry_after
+
+
+class ModelMemoryFull(Overloaded):
+    """The memory for models is taken by models in use."""
+
+    reason = "MODEL_MEMORY_FULL"
 
 
 class MessageTooLarge(UsagiError):

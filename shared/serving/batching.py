@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shared.errors import DeadlinePassed, Overloaded
+from shared.errors import DeadlinePassed, ModelUnavailable, Overloaded
 from shared.serving.calls import CallScope, current_call
 from shared.serving.session import Array, Arrays, Session
 
@@ -177,6 +177,14 @@ class ComputePool:
         self._executor.shutdown(wait=True)
 
 
+class ClosedSession:
+    """Stands where the session was after a batcher was closed; what still runs has no caller any more."""
+
+    def run(self, feeds: Arrays) -> dict[str, Array]:
+        """Refuses."""
+        raise ModelUnavailable("the model was unloaded while the request waited")
+
+
 class Batcher:
     """The queue of one graph.
 
@@ -192,7 +200,7 @@ class Batcher:
     def __init__(
         self, session: Session, pool: ComputePool, limits: BatchLimits, observer: BatchObserver | None = None
     ) -> None:
-        self._session = session
+        self._session: Session = session
         self._pool = pool
         self._observer = observer or BatchObserver()
         self._queue: dict[_Item, None] = {}  # insertion-ordered, and an item in the middle leaves in O(1)
@@ -264,6 +272,10 @@ class Batcher:
                 # gRPC cancels the handler when the deadline passes, so look which of the two it was
                 self._observer.dropped("deadline" if time.monotonic() >= deadline else "cancelled")
             raise
+
+    def close(self) -> None:
+        """Gives the session up; call it when no request is inside."""
+        self._session = ClosedSession()
 
     def take(self) -> list[_Item]:
         """The next batch: the oldest item and those behind it that fit with it, without the dead."""

@@ -21,6 +21,7 @@ class ServingConfig:
         rescan_seconds: how often new versions are looked for.
         front: what takes the calls: `native` or `grpcio`; see shared/serving/front.py.
         queue_size: requests that may wait for each model besides the batches that run.
+        model_memory_mb: what the sessions of all models together may hold, in MB of 10^6 bytes; 0 means no limit.
         threads: threads that run graphs; 0 means the CPU quota rounded up.
         intra_op_threads: ONNX Runtime threads of each run; 1 is best under load.
         max_message_bytes: limit of one message, the same in client, gateway and services.
@@ -38,6 +39,7 @@ class ServingConfig:
     rescan_seconds: float = 2.0
     front: str = "native"
     queue_size: int = 100
+    model_memory_mb: int = 0
     threads: int = 0
     intra_op_threads: int = 1
     max_message_bytes: int = 16 * 1024 * 1024
@@ -53,6 +55,8 @@ class ServingConfig:
                 raise ValueError(f"USAGI_{name.upper()}={getattr(self, name)} is not a port, 0 to 65535")
         if self.queue_size < 0 or self.threads < 0 or self.intra_op_threads < 1:
             raise ValueError("USAGI_QUEUE_SIZE and USAGI_THREADS must be 0 or more, USAGI_INTRA_OP_THREADS 1 or more")
+        if self.model_memory_mb < 0:
+            raise ValueError(f"USAGI_MODEL_MEMORY_MB={self.model_memory_mb} must be 0 or more")
         if self.rescan_seconds <= 0:
             raise ValueError(f"USAGI_RESCAN_SECONDS={self.rescan_seconds} must be above 0")
         if self.front not in {"native", "grpcio"}:

@@ -55,6 +55,7 @@ class Engine:
         self._offload = ThreadPoolExecutor(workers, thread_name_prefix="pre")
         options = RepositoryOptions(
             queue_size=config.queue_size,
+            memory_limit=config.model_memory_mb * 1_000_000,
             open_session=open_session or functools.partial(OnnxSession, threads=config.intra_op_threads),
         )
         self.repository = ModelRepository(service, config.model_roots, self.pool, self.telemetry, options)

@@ -1,9 +1,12 @@
 """The model repository of one serving process: what lies in the model roots, what of it is in memory, and for whom.
 
-Roots are searched in order; the first that holds a version wins. A version becomes visible when its `auto` variant is
-loaded and warm, so a request for 'the newest' never waits for a rolling update. Whoever uses a variant holds a lease; a
-retired version keeps its leases alive and is freed after the last. A broken version is remembered with its reason and
-answers FAILED_PRECONDITION, while everything else serves.
+Roots are searched in order; the first that holds a version wins. A new newest version becomes visible when it is warm,
+so a request for 'the newest' never waits for a rolling update, and what it replaces goes only after that. Whoever uses
+a variant holds a lease; a retired one is closed after the last. A broken version is remembered with its reason and
+answers FAILED_PRECONDITION, while everything else serves. What came from a folder that cannot be read any more serves
+on from memory and says so.
+
+All state belongs to the event loop; only scanning, checking and opening run in threads, one at a time.
 """
 
 from __future__ import annotations
@@ -15,77 +18,61 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
-from shared.artifacts import CARD_NAME, MANIFEST_NAME, ArtifactError, Manifest, read_manifest, verify_variant
-from shared.errors import ModelNotFound, ModelUnavailable, Unreachable, UsagiError, code_of
-from shared.serving.batching import Batcher, BatchLimits, ComputePool
-from shared.serving.model_observer import ModelObserver
-from shared.serving.session import OnnxSession, Session, zeros_for
+from shared.artifacts import ArtifactError
+from shared.errors import ModelMemoryFull, ModelNotFound, ModelUnavailable, Unreachable, UsagiError, code_of
+from shared.serving.batching import Batcher, ComputePool
+from shared.serving.memory import SessionMemory
+from shared.serving.model_config import CONFIG_NAME, ModelConfig, read_config
+from shared.serving.model_folders import FoundModel, Scan, Stamp, scan
+from shared.serving.session import OnnxSession, Session
 from shared.serving.shadowing import ShadowGate
 from shared.serving.telemetry import Telemetry
 from shared.serving.traffic import UNROUTED, ShadowDropped, Traffic, traffic
+from shared.serving.versions import ModelVersion, Opener, ServedVariant, State
+
+__all__ = ["AUTO", "ModelRepository", "ModelVersion", "RepositoryOptions", "ServedVariant", "State"]
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-
-
-class State(Enum):
-    """Whether a version can answer."""
-
-    READY = "ready"
-    AVAILABLE = "available"
-    UNLOADED = "unloaded"
-    FAILED = "failed"
+UNLOADED = "unloaded on request; load it to serve it again"
 
 
 @dataclass(frozen=True)
 class RepositoryOptions:
-    """`queue_size`: see BatchLimits; `open_session`: makes a session from the path of a verified graph."""
+    """`queue_size`: see BatchLimits; `open_session`: makes a session from the path of a verified graph.
+
+    `memory_limit`: bytes that the sessions together may hold (see memory.py), 0 for no limit.
+    """
 
     queue_size: int = 100
     open_session: Callable[[Path], Session] = OnnxSession
+    memory_limit: int = 0
 
 
 @dataclass(eq=False)
-class ServedVariant:
-    """A variant in memory: its manifest, its batcher, its observer."""
-
-    manifest: Manifest
-    variant: str
-    batcher: Batcher
-    observer: ModelObserver
-    leases: int = 0
-
-    @property
-    def version(self) -> str:
-        """The version as the API shows it."""
-        return str(self.manifest.version)
-
-
-@dataclass(eq=False)
-class ModelVersion:
-    """A version on disk. `signature` changes when it was published again; `auto` is the variant that `auto` means."""
+class _Model:
+    """All versions of a model, oldest first; `forced` holds what LoadModel (True) and UnloadModel (False) ask for."""
 
     name: str
-    version: int
-    folder: Path
-    signature: tuple[int, int]
-    manifest: Manifest | None = None
-    state: State = State.AVAILABLE
-    reason: str = ""
-    auto: str = ""
-    loaded: dict[str, ServedVariant] = field(default_factory=dict)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    versions: list[ModelVersion] = field(default_factory=list)
+    config: ModelConfig = field(default_factory=ModelConfig)
+    config_stamp: Stamp | None = None
+    config_problem: str = ""
+    unloaded: bool = False
+    forced: dict[int, bool] = field(default_factory=dict)
 
-    def card(self) -> str:
-        """The model card, or nothing."""
-        try:
-            return (self.folder / CARD_NAME).read_text(encoding="utf-8")
-        except OSError:
+    def refusal(self, version: ModelVersion, among: Iterable[ModelVersion]) -> str:
+        """Why a version is not to be served, given what else there is; empty if it is."""
+        forced = self.forced.get(version.version)
+        if forced is not None or self.unloaded:
+            return "" if forced else UNLOADED
+        policy = self.config.versions
+        if version.version in policy.select([other.version for other in among if not other.failure]):
             return ""
+        return f"not chosen by the version policy `{policy}` of {CONFIG_NAME}; LoadModel serves it nonetheless"
 
 
 class ModelRepository:
@@ -107,131 +94,34 @@ class ModelRepository:
         telemetry: Telemetry,
         options: RepositoryOptions | None = None,
     ) -> None:
+        options = options or RepositoryOptions()
         self.service = service
         self.roots = tuple(roots)
-        self._pool = pool
+        self.memory = SessionMemory(options.memory_limit)
         self._telemetry = telemetry
-        self._options = options or RepositoryOptions()
-        self._versions: dict[tuple[str, int], ModelVersion] = {}
-        self._by_name: dict[str, list[ModelVersion]] = {}
+        self._opener = Opener(pool, telemetry, self.memory, options.open_session, options.queue_size)
+        self._models: dict[str, _Model] = {}
+        self._served: dict[ServedVariant, ModelVersion] = {}
         self._shadow_gate = ShadowGate(pool)
-        self._rescan_lock = asyncio.Lock()
+        self._changing, self._opening = asyncio.Lock(), asyncio.Lock()
+        self._uses = 0
         self._scanned = False
+        telemetry.memory(lambda: self.memory.total, options.memory_limit)
+
+    # What there is
 
     def versions(self) -> list[ModelVersion]:
         """All versions, by name and number."""
-        return [entry for name in sorted(self._by_name) for entry in self._by_name[name]]
+        return [entry for name in sorted(self._models) for entry in self._models[name].versions]
 
     def overload(self) -> Batcher | None:
         """A batcher if every one in memory is full, so that no call at all can be taken; else None, found at once."""
         some = None
-        for entry in self._versions.values():
-            for served in entry.loaded.values():
-                if not served.batcher.full:
-                    return None
-                some = served.batcher
+        for served in self._served:
+            if not served.batcher.full:
+                return None
+            some = served.batcher
         return some
-
-    def _index(self) -> None:
-        by_name: dict[str, list[ModelVersion]] = {}
-        for key in sorted(self._versions):
-            by_name.setdefault(key[0], []).append(self._versions[key])
-        self._by_name = by_name
-
-    async def rescan(self) -> None:
-        """Brings the table up to date with the roots: loads what is new, retires what is gone."""
-        async with self._rescan_lock:
-            found = await asyncio.to_thread(self._scan)
-            for key in [key for key in self._versions if key not in found]:
-                gone = self._versions.pop(key)
-                self._index()
-                self._retire(gone, "its folder is gone")
-            for key, candidate in found.items():
-                known = self._versions.get(key)
-                if known is None or known.signature != candidate.signature or known.folder != candidate.folder:
-                    await self._load_new(candidate)
-                    self._versions[key] = candidate
-                    self._index()
-                    if known is not None:
-                        self._retire(known, "it was published again")
-            self._scanned = True
-
-    def _scan(self) -> dict[tuple[str, int], ModelVersion]:
-        found: dict[tuple[str, int], ModelVersion] = {}
-        for root in self.roots:
-            for manifest_path in sorted((root / self.service).glob(f"[!.]*/[0-9]*/{MANIFEST_NAME}")):
-                folder = manifest_path.parent
-                if not folder.name.isdigit():
-                    continue
-                with contextlib.suppress(OSError):  # it may vanish while we look
-                    stat = manifest_path.stat()
-                    key = (folder.parent.name, int(folder.name))
-                    if key not in found:
-                        found[key] = ModelVersion(key[0], key[1], folder, (stat.st_mtime_ns, stat.st_ino))
-        return found
-
-    async def _load_new(self, version: ModelVersion) -> None:
-        try:
-            version.manifest = await asyncio.to_thread(read_manifest, version.folder)
-            if version.manifest.service != self.service:
-                raise ArtifactError(f"{version.folder} belongs to the service {version.manifest.service}")
-            version.auto = version.manifest.auto_variant()
-            await self._load(version, version.auto)
-        except UsagiError as error:
-            self._fail(version, error.message)
-
-    def _fail(self, version: ModelVersion, reason: str) -> None:
-        version.state, version.reason = State.FAILED, reason
-        self._telemetry.load_failures.inc()
-        log.error("model failed", extra={"model": version.name, "version": version.version, "reason": reason})
-
-    def _retire(self, version: ModelVersion, reason: str) -> None:
-        """Takes a version out of service; sessions go when their last lease ends and Python drops them."""
-        for served in version.loaded.values():
-            self._telemetry.forget(*served.observer.labels)
-        version.loaded.clear()
-        log.info("model retired", extra={"model": version.name, "version": version.version, "reason": reason})
-
-    async def _load(self, version: ModelVersion, variant: str) -> ServedVariant:
-        async with version.lock:
-            if variant in version.loaded:
-                return version.loaded[variant]
-            started = time.perf_counter()
-            served = await asyncio.to_thread(self._open, version, variant)
-            version.loaded[variant] = served
-            version.state, version.reason = State.READY, ""
-            seconds, size = time.perf_counter() - started, served.manifest.variants[variant].bytes
-            batcher = served.batcher
-            self._telemetry.loaded(
-                served.observer.labels, seconds=seconds, size_bytes=size, depth=lambda: batcher.depth
-            )
-            names = {"model": version.name, "version": version.version, "variant": variant}
-            log.info("loaded", extra={**names, "seconds": round(seconds, 3)})
-            return served
-
-    def _open(self, version: ModelVersion, name: str) -> ServedVariant:
-        """Verifies, opens and warms a variant; runs in a thread.
-
-        Raises:
-            ArtifactError: the file is not what the manifest says, or not a graph that runs.
-        """
-        manifest = version.manifest
-        if manifest is None:
-            raise ArtifactError(version.reason)
-        variant = manifest.variants[name]
-        path = verify_variant(version.folder, variant)
-        shapes = {spec.name: (spec.dtype, spec.shape) for spec in manifest.inputs}
-        try:
-            session = self._options.open_session(path)
-            for batch in (1, variant.max_batch):
-                session.run(zeros_for(shapes, batch))
-        except Exception as error:  # ONNX Runtime raises a class of its own for every kind of fault
-            raise ArtifactError(f"{path} does not run: {error}") from error
-        observer = self._telemetry.observer(version.name, str(version.version), name)
-        max_batch = variant.max_batch if manifest.batchable else 1
-        limits = BatchLimits(max_batch=max_batch, queue_size=self._options.queue_size)
-        batcher = Batcher(session, self._pool, limits, observer)
-        return ServedVariant(manifest, name, batcher, observer)
 
     def find(self, name: str, version: str = "") -> ModelVersion:
         """The version that a request means; an empty version is the newest that is not broken.
@@ -240,20 +130,22 @@ class ModelRepository:
             ModelNotFound: no such model or version; `field` is `model` or `version`.
             Unreachable: the process starts and does not know its models yet.
         """
-        candidates = self._by_name.get(name)
-        if not candidates and not self._scanned:  # the port is open before the models are warm
+        model = self._models.get(name)
+        if model is None and not self._scanned:  # the port is open before the models are warm
             raise Unreachable("the models are still loading; come back in a moment")
-        if not candidates:
-            raise ModelNotFound("model", name, sorted(self._by_name))
+        if model is None:
+            raise ModelNotFound("model", name, sorted(self._models))
         if version == "":
-            for entry in reversed(candidates):
+            for entry in reversed(model.versions):
                 if entry.state in (State.READY, State.AVAILABLE):
                     return entry
-            return candidates[-1]
-        for entry in candidates:
+            return model.versions[-1]
+        for entry in model.versions:
             if str(entry.version) == version:
                 return entry
-        raise ModelNotFound("version", version, [str(entry.version) for entry in candidates])
+        raise ModelNotFound("version", version, [str(entry.version) for entry in model.versions])
+
+    # Requests
 
     @asynccontextmanager
     async def acquire(self, name: str, version: str = "", variant: str = "") -> AsyncIterator[ServedVariant]:
@@ -267,37 +159,41 @@ class ModelRepository:
         Raises:
             ModelNotFound: no such model, version or variant.
             ModelUnavailable: broken or unloaded.
+            ModelMemoryFull: it is not in memory, and everything that is is in use.
             ShadowDropped: this is the copy of a call, and not to be run.
         """
         call = traffic.get()
         if call is UNROUTED:
-            served = await self.variant(self.find(name, version), variant)
+            served = await self._variant(name, version, variant)
         else:
             served = await self._routed(call, name, version, variant)
-        async with contextlib.AsyncExitStack() as routed:
-            if call is not UNROUTED:
-                await routed.enter_async_context(self._observed(call, served))
-            served.leases += 1
-            started = time.perf_counter()
-            counted = contextlib.nullcontext() if call.shadow else served.observer.statistics.request()
-            try:
-                with counted:
+        served.leases += 1  # before anything waits again, so that it cannot be closed meanwhile
+        try:
+            async with contextlib.AsyncExitStack() as routed:
+                if call is not UNROUTED:
+                    await routed.enter_async_context(self._observed(call, served))
+                started = time.perf_counter()
+                with contextlib.nullcontext() if call.shadow else served.observer.statistics.request():
                     yield served
                 if not call.shadow:
                     served.observer.whole.observe(time.perf_counter() - started)
-            finally:
-                served.leases -= 1
+        finally:
+            served.leases -= 1
+            self._uses += 1
+            served.used = self._uses
+            if not served.leases and (served.retired or self.memory.limit):
+                self._rest(served)
 
     async def _routed(self, call: Traffic, name: str, version: str, variant: str) -> ServedVariant:
         """The first version of the canary's that can answer; else, for a live call, what it gets without a canary."""
         wanted = call.versions.get(name, ()) if version == "" else ()
         for number in wanted:
             try:
-                return await self.variant(self.find(name, number), variant)
+                return await self._variant(name, number, variant)
             except (ModelNotFound, ModelUnavailable) as error:
                 log.debug("canary passed over", extra={"model": name, "version": number, "reason": error.message})
         if not call.shadow:
-            return await self.variant(self.find(name, version), variant)
+            return await self._variant(name, version, variant)
         if wanted:
             self._telemetry.shadow_dropped.labels(name, wanted[0], "unavailable").inc()
         raise ShadowDropped(f"the copy names no version of {name} that is here")
@@ -325,49 +221,296 @@ class ModelRepository:
             seconds = time.perf_counter() - started
             self._telemetry.version_seconds.labels(model, version, call.kind, code).observe(seconds)
 
-    async def variant(self, version: ModelVersion, variant: str = "") -> ServedVariant:
-        """The variant of a version, loaded; raises as `acquire` does."""
-        metadata = {"model": version.name, "version": str(version.version)}
-        if version.state in (State.FAILED, State.UNLOADED) or version.manifest is None:
+    async def _variant(self, name: str, version: str, variant: str) -> ServedVariant:
+        while True:
+            entry = self.find(name, version)
+            key = self._variant_name(entry, variant)
+            served = entry.loaded.get(key)
+            if served is not None:
+                return served
+            await self._load_for_use(entry, key)  # meanwhile the world may have changed, so look again
+
+    def _rest(self, served: ServedVariant) -> None:
+        """The last lease of a variant ended."""
+        if served.retired:
+            served.batcher.close()
+        if self.memory.excess() > 0:
+            self._make_room(0)
+
+    @staticmethod
+    def _variant_name(entry: ModelVersion, variant: str) -> str:
+        metadata = {"model": entry.name, "version": str(entry.version)}
+        if entry.failure or entry.withdrawn or entry.manifest is None:
             raise ModelUnavailable(
-                f"model {version.name} version {version.version} is {version.state.value}: {version.reason}",
-                metadata=metadata,
+                f"model {entry.name} version {entry.version} is {entry.state.value}: {entry.reason}", metadata=metadata
             )
-        name = version.auto if variant in ("", AUTO) else variant
-        if name not in version.manifest.variants:
-            raise ModelNotFound("variant", name, [AUTO, *version.manifest.variants])
-        if name in version.loaded:
-            return version.loaded[name]
+        name = entry.auto if variant in ("", AUTO) else variant
+        if name not in entry.manifest.variants:
+            raise ModelNotFound("variant", name, [AUTO, *entry.manifest.variants])
+        if name in entry.broken:
+            raise ModelUnavailable(entry.broken[name], metadata={**metadata, "variant": name})
+        return name
+
+    async def _load_for_use(self, entry: ModelVersion, variant: str) -> None:
         try:
-            return await self._load(version, name)
+            await self._open(entry, variant, in_use=True)
         except ArtifactError as error:
-            self._telemetry.load_failures.inc()
-            log.error("variant failed", extra={**metadata, "variant": name, "reason": error.message})
-            raise ModelUnavailable(error.message, metadata={**metadata, "variant": name}) from error
+            if variant == entry.auto:
+                self._fail(entry, error.message)
+            else:
+                self._break(entry, variant, error.message)
+
+    # Loading
+
+    async def _open(self, entry: ModelVersion, variant: str, *, in_use: bool) -> None:
+        """Brings a variant into memory, if it is not there and the version is still in service.
+
+        Raises:
+            ArtifactError: it cannot be opened.
+            ModelMemoryFull: there is no room for it, and it is for a request.
+        """
+        async with self._opening:
+            known = variant in entry.loaded or variant in entry.broken or entry.failure
+            if known or entry.retired or entry.withdrawn or entry.manifest is None:
+                return
+            file = entry.manifest.variants[variant]
+            needed = self.memory.expected(file.sha256, file.bytes)
+            if not self._make_room(needed) and in_use:
+                raise self._memory_full(entry, needed)
+            started = time.perf_counter()
+            served = await asyncio.to_thread(self._opener.open, entry, variant)
+            served.load_seconds = time.perf_counter() - started
+            if entry.retired or entry.withdrawn:
+                served.batcher.close()
+                return
+            entry.loaded[variant] = served
+            self._served[served] = entry
+            self._uses += 1
+            served.used = self._uses
+            self._announce(served)
+            names = {"model": entry.name, "version": entry.version, "variant": variant}
+            log.info("loaded", extra={**names, "seconds": round(served.load_seconds, 3), "bytes": served.memory})
+            self._make_room(0, sparing=served)
+
+    def _announce(self, served: ServedVariant) -> None:
+        batcher, file = served.batcher, served.manifest.variants[served.variant]
+        self._telemetry.loaded(
+            served.observer.labels, seconds=served.load_seconds, size_bytes=file.bytes, depth=lambda: batcher.depth
+        )
+
+    def _memory_full(self, entry: ModelVersion, needed: int) -> UsagiError:
+        limit = self.memory.limit
+        name = f"model {entry.name} version {entry.version}"
+        text = f"{name} needs about {needed} bytes, USAGI_MODEL_MEMORY_MB allows {limit} for all models"
+        if needed > limit:
+            return ModelUnavailable(f"{text}; raise it")
+        return ModelMemoryFull(f"{text}, and the models in memory are in use; come back later", retry_after=1.0)
+
+    def _make_room(self, needed: int, sparing: ServedVariant | None = None) -> bool:
+        """Closes idle variants, least recently used first, until `needed` more bytes fit; says whether they do.
+
+        The `auto` variant of a model's newest version goes last. What could not be loaded again never goes.
+        """
+        while self.memory.excess(needed) > 0:
+            idle = [
+                (served.variant == entry.auto and self.find(entry.name) is entry, served.used, served, entry)
+                for served, entry in self._served.items()
+                if not served.leases and served is not sparing and not entry.warning and entry.name in self._models
+            ]
+            if not idle:
+                return False
+            _, _, served, entry = min(idle, key=lambda candidate: candidate[:2])
+            self._drop(entry, served)
+            self._telemetry.evicted.inc()
+            names = {"model": entry.name, "version": entry.version, "variant": served.variant}
+            log.info("evicted", extra={**names, "bytes": served.memory, "limit": self.memory.limit})
+        return True
+
+    def _drop(self, entry: ModelVersion, served: ServedVariant) -> None:
+        """Takes a variant out of service; it is closed now, or by its last lease."""
+        del entry.loaded[served.variant]
+        del self._served[served]
+        self._telemetry.forget(*served.observer.labels)
+        served.retired = True
+        if not served.leases:
+            served.batcher.close()
+
+    def _fail(self, entry: ModelVersion, reason: str) -> None:
+        entry.failure = reason
+        for served in list(entry.loaded.values()):
+            self._drop(entry, served)
+        self._telemetry.load_failures.inc()
+        log.error("model failed", extra={"model": entry.name, "version": entry.version, "reason": reason})
+
+    def _break(self, entry: ModelVersion, variant: str, reason: str) -> None:
+        entry.broken[variant] = reason
+        self._telemetry.load_failures.inc()
+        names = {"model": entry.name, "version": entry.version, "variant": variant}
+        log.error("variant failed", extra={**names, "reason": reason})
+
+    def _withdraw(self, entry: ModelVersion, reason: str) -> None:
+        if entry.loaded or entry.withdrawn != reason:
+            log.info("model withdrawn", extra={"model": entry.name, "version": entry.version, "reason": reason})
+        entry.withdrawn = reason
+        for served in list(entry.loaded.values()):
+            self._drop(entry, served)
+
+    # Changes
+
+    async def rescan(self) -> None:
+        """Brings the table up to date with the roots: loads what is new, retires what is gone."""
+        async with self._changing:
+            found = await asyncio.to_thread(scan, self.roots, self.service)
+            for name in sorted({*found.models, *self._models}):
+                await self._update(name, found)
+            self._scanned = True
+
+    async def _update(self, name: str, found: Scan) -> None:
+        model = self._models.get(name) or _Model(name)
+        there = found.models.get(name, FoundModel())
+        await self._update_config(model, there)
+        known = {entry.version: entry for entry in model.versions}
+        following: dict[int, ModelVersion] = {}
+        for number, version in there.versions.items():
+            entry = known.get(number)
+            same = entry is not None and (entry.folder, entry.found.published) == (version.folder, version.published)
+            if entry is not None and same and not (entry.failure and entry.found.files != version.files):
+                following[number] = entry
+                self._warn(entry, "")
+            else:
+                following[number] = ModelVersion(name, number, version)
+        for number, entry in known.items():
+            cause = found.cause_for(entry.folder)
+            if cause and not entry.failure and (number not in there.versions or following[number] is not entry):
+                following[number] = entry
+                self._warn(entry, f"{cause}; serving from memory")
+        await self._settle(model, [following[number] for number in sorted(following)])
+
+    async def _update_config(self, model: _Model, there: FoundModel) -> None:
+        if there.config_stamp == model.config_stamp:
+            return
+        model.config_stamp, model.config_problem = there.config_stamp, ""
+        try:
+            model.config = await asyncio.to_thread(read_config, there.config) if there.config else ModelConfig()
+        except ArtifactError as error:  # what was said before holds
+            model.config_problem = error.message
+            log.error("model.toml ignored", extra={"model": model.name, "reason": error.message})
+
+    @staticmethod
+    def _warn(entry: ModelVersion, warning: str) -> None:
+        if entry.warning != warning:
+            entry.warning = warning
+            if warning:
+                log.warning("model warning", extra={"model": entry.name, "version": entry.version, "reason": warning})
+
+    async def _settle(self, model: _Model, following: list[ModelVersion]) -> None:
+        """Makes `following` the versions of `model`: checks and warms what is new first, then swaps in one step."""
+        for entry in following:
+            if not entry.checked:
+                await self._check(entry)
+        while newest := self._newest(model, following):  # each turn loads it, or finds it broken
+            if newest.warmed:  # once: what was evicted since comes back when it is used
+                break
+            newest.warmed = True
+            if not model.versions and not self._has_room(newest):
+                log.warning("not loaded at start", extra={"model": model.name, "version": newest.version})
+                break
+            try:
+                newest.withdrawn = ""
+                await self._open(newest, newest.auto, in_use=False)
+                break
+            except ArtifactError as error:
+                self._fail(newest, error.message)
+        kept = set(following)
+        for entry in model.versions:
+            if entry not in kept:
+                self._retire(entry)
+        model.versions = following
+        for entry in following:
+            reason = "" if entry.failure else model.refusal(entry, following)
+            if reason:
+                self._withdraw(entry, reason)
+            else:
+                entry.withdrawn = ""
+            if model.config_problem and not entry.warning:
+                entry.notice = model.config_problem
+            elif not model.config_problem:
+                entry.notice = ""
+            for served in entry.loaded.values():
+                self._announce(served)  # again: a version that it replaces has taken its gauges along
+        if following:
+            self._models[model.name] = model
+        else:
+            self._models.pop(model.name, None)
+
+    def _has_room(self, entry: ModelVersion) -> bool:
+        if entry.manifest is None:
+            return True
+        file = entry.manifest.variants[entry.auto]
+        return self.memory.excess(self.memory.expected(file.sha256, file.bytes)) <= 0
+
+    @staticmethod
+    def _newest(model: _Model, following: list[ModelVersion]) -> ModelVersion | None:
+        serving = (entry for entry in reversed(following) if not entry.failure)
+        return next((entry for entry in serving if not model.refusal(entry, following)), None)
+
+    async def _check(self, entry: ModelVersion) -> None:
+        entry.checked = True
+        try:
+            await asyncio.to_thread(entry.check, self.service)
+        except UsagiError as error:
+            self._fail(entry, error.message)
+        for variant, reason in entry.broken.items():
+            names = {"model": entry.name, "version": entry.version, "variant": variant}
+            log.error("variant failed", extra={**names, "reason": reason})
+
+    def _retire(self, entry: ModelVersion) -> None:
+        entry.retired = True
+        for served in list(entry.loaded.values()):
+            self._drop(entry, served)
+        log.info("model retired", extra={"model": entry.name, "version": entry.version})
 
     async def load(self, name: str, version: str = "", variant: str = "") -> ModelVersion:
-        """Loads a model now, also one that was unloaded or was broken; raises as `acquire` does."""
-        entry = self.find(name, version)
-        if entry.state is State.FAILED:
-            await self._load_again(entry)
-        elif entry.state is State.UNLOADED:
-            entry.state, entry.reason = State.AVAILABLE, ""
-        await self.variant(entry, variant)
-        return entry
+        """Loads a model now, also one that was unloaded, was broken or was published just now.
 
-    async def _load_again(self, entry: ModelVersion) -> None:
-        entry.state, entry.reason = State.AVAILABLE, ""
-        await self._load_new(entry)
+        An empty version takes every unloading of the model back and loads the newest; a number serves that version in
+        this process whatever the policy says. Raises as `acquire` does.
+        """
+        async with self._changing:
+            found = await asyncio.to_thread(scan, self.roots, self.service)
+            await self._update(name, found)
+            entry = self.find(name, version)
+            model = self._models[name]
+            if version:
+                model.forced[entry.version] = True
+            else:
+                model.forced.clear()
+                model.unloaded = False
+            again = [
+                other for other in model.versions if (other.failure or other.broken) and (not version or other is entry)
+            ]
+            for other in again:
+                other.failure, other.checked, other.warmed = "", False, False
+                other.broken.clear()
+            await self._settle(model, model.versions)
+        await self._variant(name, version, variant)
+        return self.find(name, version)
 
     def unload(self, name: str, version: str = "") -> list[ModelVersion]:
-        """Stops serving one version, or all of a model; running calls finish.
+        """Stops serving one version, or all of a model with those still to come; running calls finish.
 
         Raises:
             ModelNotFound: no such model or version.
         """
         first = self.find(name, version)
-        entries = [first] if version else list(self._by_name[name])
+        model = self._models[name]
+        if version:
+            model.forced[first.version] = False
+        else:
+            model.forced.clear()
+            model.unloaded = True
+        entries = [first] if version else list(model.versions)
         for entry in entries:
-            self._retire(entry, "unloaded on request")
-            entry.state, entry.reason = State.UNLOADED, "unloaded on request; load it to serve it again"
+            if not entry.failure:
+                self._withdraw(entry, UNLOADED)
         return entries

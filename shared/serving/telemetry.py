@@ -126,6 +126,21 @@ class Telemetry:
             "usagi_model_load_failures", "Loads that failed.", ("service",), registry=registry
         ).labels(service)
 
+        self._memory = Gauge(
+            "usagi_model_memory_bytes", "Estimated bytes of all sessions.", ("service",), registry=registry
+        ).labels(service)
+        self._memory_limit = Gauge(
+            "usagi_model_memory_limit_bytes", "What they may hold; 0 for no limit.", ("service",), registry=registry
+        ).labels(service)
+        self.evicted = Counter(
+            "usagi_model_evictions", "Variants closed to make room.", ("service",), registry=registry
+        ).labels(service)
+
+    def memory(self, total: Callable[[], int], limit: int) -> None:
+        """Reads the sessions' memory from `total` whenever it is asked for; both in bytes."""
+        self._memory.set_function(total)
+        self._memory_limit.set(limit)
+
     def method(self, name: str) -> MethodObserver:
         """What the calls of a method report to; the label lookups are done once, here."""
         return MethodObserver(self, name)

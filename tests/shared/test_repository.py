@@ -144,11 +144,22 @@ def test_broken_version_says_why_and_the_rest_serves(caller, roots, damage):
     assert caller.infer(1.0, name="other") == ("1", 3.0)
 
 
-def test_half_published_version_is_not_seen(caller, roots):
-    folder = publish_affine(roots[0], version=2)
+def test_half_published_version_says_so_until_it_is_whole(caller, roots):
+    folder = publish_affine(roots[0], version=2, scale=5.0)
+    graph, manifest = (folder / "model.onnx").read_bytes(), (folder / "manifest.json").read_bytes()
     (folder / "manifest.json").unlink()
     caller.rescan()
-    assert ("affine", "2") not in caller.listing()
+    entry = caller.listing()["affine", "2"]
+    assert entry.state == model_pb.MODEL_STATE_FAILED
+    assert "has no manifest.json" in entry.reason
+    assert caller.infer(1.0) == ("1", 2.0)
+    (folder / "model.onnx").unlink()
+    (folder / "manifest.json").write_bytes(manifest)
+    caller.rescan()
+    assert "model.onnx cannot be read" in caller.listing()["affine", "2"].reason
+    (folder / "model.onnx").write_bytes(graph)
+    caller.rescan()
+    assert caller.infer(1.0) == ("2", 5.0)
 
 
 def test_repaired_version_serves_again(caller, roots):

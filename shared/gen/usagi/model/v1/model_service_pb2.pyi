@@ -32,7 +32,7 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     MODEL_STATE_AVAILABLE: _ModelState.ValueType  # 2
     """Known to the repository but not loaded; it loads on first use or by LoadModel."""
     MODEL_STATE_UNLOADED: _ModelState.ValueType  # 3
-    """Unloaded by UnloadModel; it answers again after LoadModel."""
+    """Unloaded by UnloadModel, or not chosen by the version policy; it answers after LoadModel."""
     MODEL_STATE_FAILED: _ModelState.ValueType  # 4
     """Broken: the reason field says why. Calls to it fail with FAILED_PRECONDITION."""
 
@@ -46,7 +46,7 @@ MODEL_STATE_READY: ModelState.ValueType  # 1
 MODEL_STATE_AVAILABLE: ModelState.ValueType  # 2
 """Known to the repository but not loaded; it loads on first use or by LoadModel."""
 MODEL_STATE_UNLOADED: ModelState.ValueType  # 3
-"""Unloaded by UnloadModel; it answers again after LoadModel."""
+"""Unloaded by UnloadModel, or not chosen by the version policy; it answers after LoadModel."""
 MODEL_STATE_FAILED: ModelState.ValueType  # 4
 """Broken: the reason field says why. Calls to it fail with FAILED_PRECONDITION."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
@@ -231,7 +231,9 @@ class Model(_message.Message):
     state: Global___ModelState.ValueType
     """Whether it can answer now."""
     reason: _builtins.str
-    """Why it cannot answer; empty unless the state is MODEL_STATE_FAILED or MODEL_STATE_UNLOADED."""
+    """Why it cannot answer; or, while it answers, what is wrong: its folder or `model.toml` cannot be read, or a variant is
+    broken. Empty when all is well.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """The graph's inputs."""
@@ -395,7 +397,9 @@ class LoadModelRequest(_message.Message):
     name: _builtins.str
     """Name of the model; required."""
     version: _builtins.str
-    """Version; empty means the newest."""
+    """Version; it is then served in this process whatever the version policy says. Empty takes every unloading of the
+    model back and loads the newest.
+    """
     variant: _builtins.str
     """Variant to load; empty means `auto`."""
     def __init__(
@@ -452,7 +456,7 @@ class UnloadModelRequest(_message.Message):
     name: _builtins.str
     """Name of the model; required."""
     version: _builtins.str
-    """Version; empty means all versions."""
+    """Version; empty means all versions, and those still to come."""
     def __init__(
         self,
         *,

@@ -1,0 +1,166 @@
+"""A model version as a serving process knows it, and its variants in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from shared.artifacts import CARD_NAME, ArtifactError, Manifest, check_size, read_manifest, verify_variant
+from shared.serving.batching import Batcher, BatchLimits, ComputePool
+from shared.serving.memory import SessionMemory, private_bytes, settle_before_measuring
+from shared.serving.model_folders import FoundVersion
+from shared.serving.model_observer import ModelObserver
+from shared.serving.session import OnnxSession, Session, zeros_for
+from shared.serving.telemetry import Telemetry
+
+
+class State(Enum):
+    """Whether a version can answer."""
+
+    READY = "ready"
+    AVAILABLE = "available"
+    UNLOADED = "unloaded"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class ServedVariant:
+    """A variant in memory: its manifest, its batcher, its observer.
+
+    `leases` counts the requests that use it, `used` is the repository's tick of the last one's end, `memory` its bytes
+    by the ledger of memory.py. Once `retired`, it is closed after the last lease.
+    """
+
+    manifest: Manifest
+    variant: str
+    batcher: Batcher
+    observer: ModelObserver
+    memory: int = 0
+    load_seconds: float = 0.0
+    leases: int = 0
+    used: int = 0
+    retired: bool = False
+
+    @property
+    def version(self) -> str:
+        """The version as the API shows it."""
+        return str(self.manifest.version)
+
+
+@dataclass(eq=False)
+class ModelVersion:
+    """A version on disk, and what this process holds of it.
+
+    `auto` is the variant that `auto` means. `failure`, `withdrawn` and `warning` say in words why the version is
+    broken, is not served, or serves although its folder cannot be read; `notice` tells of a `model.toml` that is wrong.
+    `broken` holds the reason of each variant that cannot be loaded. `checked`, `warmed`: whether that was tried.
+    """
+
+    name: str
+    version: int
+    found: FoundVersion
+    manifest: Manifest | None = None
+    auto: str = ""
+    failure: str = ""
+    withdrawn: str = ""
+    warning: str = ""
+    notice: str = ""
+    checked: bool = False
+    warmed: bool = False
+    retired: bool = False
+    broken: dict[str, str] = field(default_factory=dict)
+    loaded: dict[str, ServedVariant] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.found.folder
+
+    @property
+    def state(self) -> State:
+        """Whether it can answer."""
+        if self.failure:
+            return State.FAILED
+        if self.withdrawn:
+            return State.UNLOADED
+        return State.READY if self.loaded else State.AVAILABLE
+
+    @property
+    def reason(self) -> str:
+        """Why it cannot answer, or what is wrong though it does; empty when all is well."""
+        broken = [f"variant {name}: {reason}" for name, reason in self.broken.items()]
+        return self.failure or self.withdrawn or "; ".join(filter(None, [self.warning, self.notice, *broken]))
+
+    def card(self) -> str:
+        """The model card, or nothing."""
+        try:
+            return (self.folder / CARD_NAME).read_text(encoding="utf-8")
+        except OSError:
+            return ""
+
+    def check(self, service: str) -> None:
+        """Reads the manifest and looks for its files, without opening them; fills `manifest`, `auto` and `broken`.
+
+        Raises:
+            ArtifactError: the version cannot be served.
+        """
+        manifest = read_manifest(self.folder)
+        if manifest.service != service:
+            raise ArtifactError(f"{self.folder} belongs to the service {manifest.service}")
+        self.manifest, self.auto = manifest, manifest.auto_variant()
+        for name, variant in manifest.variants.items():
+            try:
+                check_size(self.folder, variant)
+            except ArtifactError as error:
+                if name == self.auto:
+                    raise
+                self.broken[name] = error.message
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Makes variants ready to serve.
+
+    Args:
+        pool: runs their graphs.
+        telemetry: is told of their batches.
+        memory: counts their sessions.
+        open_session: makes a session from the path of a verified graph.
+        queue_size: see BatchLimits.
+    """
+
+    pool: ComputePool
+    telemetry: Telemetry
+    memory: SessionMemory
+    open_session: Callable[[Path], Session] = OnnxSession
+    queue_size: int = 100
+
+    def open(self, entry: ModelVersion, name: str) -> ServedVariant:
+        """Verifies, opens and warms a variant; runs in a thread, one at a time.
+
+        The largest batch is warmed first: ONNX Runtime's arena then has room for every smaller one, and is smaller than
+        when it grows step by step.
+
+        Raises:
+            ArtifactError: the file is not what the manifest says, or not a graph that runs.
+        """
+        manifest = entry.manifest
+        if manifest is None:
+            raise ArtifactError(f"{entry.folder} has no manifest that can be read")
+        variant = manifest.variants[name]
+        path = verify_variant(entry.folder, variant)
+        max_batch = variant.max_batch if manifest.batchable else 1
+        shapes = {spec.name: (spec.dtype, spec.shape) for spec in manifest.inputs}
+        before = settle_before_measuring()
+        try:
+            session = self.open_session(path)
+            for batch in (max_batch, 1):
+                session.run(zeros_for(shapes, batch))
+        except Exception as error:  # ONNX Runtime raises a class of its own for every kind of fault
+            raise ArtifactError(f"{path} does not run: {error}") from error
+        size = self.memory.count(session, variant.sha256, variant.bytes, private_bytes() - before)
+        observer = self.telemetry.observer(entry.name, str(entry.version), name)
+        limits = BatchLimits(max_batch=max_batch, queue_size=self.queue_size)
+        return ServedVariant(manifest, name, Batcher(session, self.pool, limits, observer), observer, memory=size)
