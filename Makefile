@@ -13,7 +13,7 @@ SEED ?= 0
 help:  ## this list
 	@printf 'Usagi: deep-learning microservices over gRPC\n\n'
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
+	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export, bench), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
 
 # One environment in two layers: serving and client first (seconds), training and development on top (torch).
 .venv/.serve: pyproject.toml constraints.txt
@@ -94,8 +94,8 @@ format: .venv/.dev  ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: .venv/.dev  ## measure the engine against raw ONNX Runtime
-	@$(BIN)/python -m tests.benchmarks.engine
+bench: .venv/.dev  ## measure the servers against raw ONNX Runtime; ARGS="--help" explains
+	@$(BIN)/usagi bench $(ARGS)
 
 ci:  ## what runs on every change
 	@.ci/run

@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     for module in (
         "shared.client.local",
         "shared.client.traces",
+        "tests.benchmarks.cli",
         "services.gateway.cli",
         *(f"services.{name}.cli" for name in load_table().services),
     ):

@@ -96,6 +96,32 @@ def publish_colours(
     )
 
 
+def publish_graph(
+    root: Path,
+    graph: onnx.ModelProto,
+    *,
+    name: str,
+    shape: tuple[int, ...],
+    outputs: int,
+    max_batch: int,
+    service: str = "test",
+    version: int = 1,
+) -> Path:
+    """Publishes a graph `x` `[B, *shape]` → `y` `[B, outputs]`, float32."""
+    return _publish(
+        root,
+        {"fp32": graph},
+        max_batch,
+        service=service,
+        name=name,
+        version=version,
+        task="bench",
+        description="random weights",
+        inputs=(TensorSpec("x", "float32", (-1, *shape)),),
+        outputs=(TensorSpec("y", "float32", (-1, outputs)),),
+    )
+
+
 def publish_identity(
     root: Path, element: int, dtype: str, *, service: str = "test", name: str, version: int = 1
 ) -> Path:
