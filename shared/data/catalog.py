@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.data.fashion import fashion_from_tgz
 from shared.data.flowers import flowers_from_tgz
 from shared.data.texts import enja_from_tgz, shakespeare_from_txt, soseki_from_tgz
 
@@ -47,6 +48,18 @@ DATASETS: Mapping[str, Dataset] = {
             licence="CC-BY; authors by file name in the LICENSE.txt of the official archive",
             description="tf_flowers: photos of five flowers, short side at most 224 pixels",
             convert=flowers_from_tgz,
+        ),
+        Dataset(
+            name="fashion_mnist",
+            file="fashion_mnist.zip",
+            sha256="f24912464facc97859fa97cd47c06aab3314fe853a779a83a57ea6cf6657eb4b",
+            bytes=30_879_081,
+            source_url="https://github.com/zalandoresearch/fashion-mnist/archive/refs/heads/master.tar.gz",
+            source_sha256="",
+            source_bytes=0,
+            licence="MIT; Zalando SE",
+            description="Fashion-MNIST: 70,000 grey pictures of clothes, 28 x 28, ten classes",
+            convert=fashion_from_tgz,
         ),
         Dataset(
             name="enja",

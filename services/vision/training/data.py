@@ -98,6 +98,8 @@ def _random_crop(height: int, width: int, rng: np.random.Generator, config: Augm
 
 
 def _jitter_colours(rgb: NDArray[np.uint8], rng: np.random.Generator, config: AugmentConfig) -> NDArray[np.uint8]:
+    if not (config.brightness or config.contrast or config.saturation):
+        return np.ascontiguousarray(rgb)
     brightness, contrast, saturation = 1 + rng.uniform(-1, 1, 3) * (
         config.brightness,
         config.contrast,

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from services.vision.preprocess import ClassificationPreprocessing
-from services.vision.training.data import LABELS, Photos, load_photos
+from services.vision.training.data import Photos
+from services.vision.training.tasks import task_of_labels
 from shared.artifacts import CARD_NAME, MANIFEST_NAME, ArtifactError, Manifest, read_manifest, verify_variant
 from shared.errors import ConfigurationError
 from shared.training.card import render_card
@@ -90,16 +91,14 @@ def check_root(root: Path) -> list[Check]:
     """Checks every version of every vision model under a root.
 
     Raises:
-        ConfigurationError: there is none, or one has other labels than the flowers.
+        ConfigurationError: there is none, or one has labels that no task here has.
     """
     folders = sorted(path.parent for path in root.glob(f"vision/*/*/{MANIFEST_NAME}"))
     if not folders:
         raise ConfigurationError(f"{root} holds no vision model; export one: python -m services.vision.training.export")
-    photos = load_photos("test")
-    for folder in folders:
-        if read_manifest(folder).labels != LABELS:
-            raise ConfigurationError(f"{folder} has other labels than the flowers; this program cannot judge it")
-    return [check for folder in folders for check in check_version(folder, photos)]
+    tasks = {folder: task_of_labels(read_manifest(folder).labels) for folder in folders}
+    parts = {name: task.load("test") for name, task in {t.name: t for t in tasks.values()}.items()}
+    return [check for folder, task in tasks.items() for check in check_version(folder, parts[task.name])]
 
 
 def _print(checks: list[Check], config: EvaluateConfig) -> None:
@@ -111,7 +110,7 @@ def _print(checks: list[Check], config: EvaluateConfig) -> None:
     Console().print(table)
     for check in checks:
         if config.confusion and check.result is not None:
-            print(f"{check.model} {check.variant}: rows are labels, columns answers, in the order {', '.join(LABELS)}")
+            print(f"{check.model} {check.variant}: rows are labels, columns answers")
             print(check.result.confusion())
 
 

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,9 +22,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from services.vision.preprocess import ClassificationPreprocessing
-from services.vision.training.data import LABELS, Photos, load_photos
+from services.vision.training.data import Photos
 from services.vision.training.models import MODELS
 from services.vision.training.record import describe_variant, training_record
+from services.vision.training.tasks import TASKS, Task
 from services.vision.training.train import RunResult
 from shared.artifacts import CARD_NAME, Manifest, TensorSpec, publish, write_atomically
 from shared.errors import ConfigurationError
@@ -44,6 +46,7 @@ FILES = {
     "pruned": "model.pruned.onnx",
     "pruned_int8": "model.pruned.int8.onnx",
 }
+HOW_LEARNED = {"finetune": "ImageNet weights, fine-tuned", "scratch": "learned from random weights"}
 RECIPES = (QuantizeRecipe("minmax"), QuantizeRecipe("minmax", keep_ends=True))
 """In order of preference; a later one is taken only if it agrees with fp32 on more validation photos."""
 
@@ -56,6 +59,8 @@ class ExportConfig:
     """Mode of the run to ship."""
     seed: int = 0
     """Seed of the run to ship."""
+    data: Literal["flowers", "fashion"] = "flowers"
+    """What the run learned."""
     model: str = "efficientnet-lite0"
     """Network."""
     pruned: str = ""
@@ -72,6 +77,11 @@ class ExportConfig:
     """Export a `--quick` run; the card is not copied to `services/vision/cards`."""
 
     @property
+    def task(self) -> Task:
+        """What `data` names."""
+        return TASKS[self.data]
+
+    @property
     def run_folder(self) -> Path:
         """Where the run to ship lives."""
         return self._folder(f"{self.mode}-seed{self.seed}")
@@ -82,7 +92,7 @@ class ExportConfig:
         return self._folder(self.pruned) if self.pruned else None
 
     def _folder(self, name: str) -> Path:
-        return self.runs / f"flowers-{self.model}" / (name + ("-quick" if self.quick else ""))
+        return self.runs / f"{self.data}-{self.model}" / (name + ("-quick" if self.quick else ""))
 
 
 @dataclass(frozen=True)
@@ -135,13 +145,13 @@ def read_result(folder: Path) -> RunResult:
 
 
 def _make_candidates(config: ExportConfig, folder: Path) -> dict[str, Candidate]:
-    preprocessing = ClassificationPreprocessing()
-    val, test = load_photos("val"), load_photos("test")
+    task, preprocessing = config.task, config.task.preprocessing
+    val, test = task.load("val"), task.load("test")
     inputs = stack(val, preprocessing)
-    calibration = stack(load_photos("train").take(config.calibration), preprocessing)
-    extra = _write_graphs(_load(config.run_folder, config.model), "", folder, inputs, calibration)
+    calibration = stack(task.load("train").take(config.calibration), preprocessing)
+    extra = _write_graphs(_load(config.run_folder, config), "", folder, inputs, calibration)
     if config.pruned_folder:
-        extra |= _write_graphs(_load(config.pruned_folder, config.model), "pruned", folder, inputs, calibration)
+        extra |= _write_graphs(_load(config.pruned_folder, config), "pruned", folder, inputs, calibration)
     paths = {name: folder / FILES[name] for name in extra}
     predictors = {name: onnx_predictor(open_session(path)) for name, path in paths.items()}
     latencies = measure_latencies(predictors, inputs[:1])
@@ -156,10 +166,10 @@ def _make_candidates(config: ExportConfig, folder: Path) -> dict[str, Candidate]
     }
 
 
-def _load(run: Path, name: str) -> nn.Module:
+def _load(run: Path, config: ExportConfig) -> nn.Module:
     """The network of a run, pruned or not."""
     read_result(run)
-    model = MODELS.get(name)(len(LABELS), False)
+    model = MODELS.get(config.model)(len(config.task.labels), False)
     return load_pruned(model, torch.load(run / "weights.pt", weights_only=True))
 
 
@@ -210,28 +220,26 @@ def _measure(path: Path, test: Classification, reference: Classification, latenc
 
 
 def _manifest(config: ExportConfig, result: RunResult, candidates: dict[str, Candidate]) -> Manifest:
-    preprocessing = ClassificationPreprocessing()
+    task, preprocessing = config.task, config.task.preprocessing
     shipped = {name: candidate for name, candidate in candidates.items() if candidate.verdict.ships}
     return Manifest(
         service="vision",
-        name=f"flowers-{config.model}",
+        name=f"{task.name}-{config.model}",
         version=config.version,
         task="image-classification",
-        description=(
-            "Says which of five flowers a photo shows: daisy, dandelion, rose, sunflower or tulip. EfficientNet-Lite0 "
-            "with ImageNet weights, fine-tuned. It knows nothing else: a photo of anything else still gets one of them."
-        ),
+        description=f"{task.description} {config.model}, {HOW_LEARNED.get(config.mode, config.mode)}.",
         inputs=(TensorSpec("image", "float32", (-1, 3, preprocessing.size, preprocessing.size)),),
-        outputs=(TensorSpec("logits", "float32", (-1, len(LABELS))),),
+        outputs=(TensorSpec("logits", "float32", (-1, len(task.labels))),),
         variants={
             name: describe_variant(c.path, FILES[name], c.test, c.val, candidates["fp32"].test, c.latency, c.extra)
             for name, c in shipped.items()
         },
         preprocessing=preprocessing.to_dict(),
-        labels=LABELS,
+        labels=task.labels,
         opset=opset_of(candidates["fp32"].path),
         training=training_record(
             result,
+            task,
             config.run_folder.parent,
             candidates["fp32"].test,
             [*([read_result(config.pruned_folder).command] if config.pruned_folder else []), export_command(config)],
@@ -243,7 +251,7 @@ def export_command(config: ExportConfig) -> str:
     """The command line that exports this run again, without paths of the machine."""
     words = ["python -m services.vision.training.export", f"--mode {config.mode}", f"--seed {config.seed}"]
     default = ExportConfig()
-    for name in ("model", "pruned", "version", "calibration"):
+    for name in ("data", "model", "pruned", "version", "calibration"):
         if getattr(config, name) != getattr(default, name):
             words.append(f"--{name} {getattr(config, name)}")
     return " ".join([*words, "--quick"] if config.quick else words)

@@ -1,10 +1,10 @@
-"""Prunes a trained flower classifier and trains what is left: `python -m services.vision.training.prune --seed 0`.
+"""Prunes a trained classifier and trains what is left: `python -m services.vision.training.prune --seed 0`.
 
 Whole channels go (`shared/training/prune.py`), BatchNorm's statistics are measured anew and then held, and every weight
 is trained again with the unpruned network as teacher, which keeps the answers close to those that they replace. The
 epoch is chosen on the validation part; the test part is read once, at the end.
 
-A run lives in `<runs>/flowers-<model>/pruned-seed<seed>/` and continues there if it was killed.
+A run lives in `<runs>/<data>-<model>/pruned-seed<seed>/` and continues there if it was killed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ import tyro
 from torch import Tensor, nn
 
 from services.vision.preprocess import ClassificationPreprocessing
-from services.vision.training.data import LABELS, AugmentedBatches, Photos
+from services.vision.training.data import AugmentedBatches, Photos
 from services.vision.training.models import MODELS
+from services.vision.training.tasks import TASKS, Task
 from services.vision.training.train import Parts, RunResult, finish_run, freeze_batch_norm, load_parts, validator
 from shared.errors import ConfigurationError
 from shared.training.checkpoint import save_weights
@@ -39,10 +41,12 @@ FIT = FitConfig(epochs=6, learning_rate=3e-4, ema_decay=0.99, checkpoint_every=3
 
 @dataclass(frozen=True)
 class PruneRunConfig:
-    """Takes channels out of a trained flower classifier and trains the rest."""
+    """Takes channels out of a trained classifier and trains the rest."""
 
     base: str = "finetune-seed0"
     """Run to prune; also the teacher."""
+    data: Literal["flowers", "fashion"] = "flowers"
+    """What that run learned."""
     model: str = "efficientnet-lite0"
     """Network of that run."""
     seed: int = 0
@@ -73,9 +77,18 @@ class PruneRunConfig:
     """Folder of all runs."""
     quick: bool = False
     """A few hundred photos and one epoch: shows in under three minutes that everything works."""
-    preprocessing: tyro.conf.Suppress[ClassificationPreprocessing] = field(default_factory=ClassificationPreprocessing)
 
     mode = "pruned"
+
+    @property
+    def task(self) -> Task:
+        """What `data` names."""
+        return TASKS[self.data]
+
+    @property
+    def preprocessing(self) -> ClassificationPreprocessing:
+        """What the network sees."""
+        return self.task.preprocessing
 
     @property
     def folder(self) -> Path:
@@ -88,7 +101,7 @@ class PruneRunConfig:
         return self._folder(self.base)
 
     def _folder(self, name: str) -> Path:
-        return self.runs / f"flowers-{self.model}" / (name + ("-quick" if self.quick else ""))
+        return self.runs / f"{self.data}-{self.model}" / (name + ("-quick" if self.quick else ""))
 
     @property
     def fit(self) -> FitConfig:
@@ -97,7 +110,8 @@ class PruneRunConfig:
 
     def size_at(self, epoch: int) -> int:
         """Side of the training crops in an epoch."""
-        return self.train_size if epoch < self.fit.epochs - self.final_epochs else self.preprocessing.size
+        full = self.preprocessing.size
+        return min(self.train_size, full) if epoch < self.fit.epochs - self.final_epochs else full
 
     @property
     def command(self) -> str:
@@ -105,7 +119,7 @@ class PruneRunConfig:
         words = ["python -m services.vision.training.prune", f"--seed {self.seed}"]
         default = PruneRunConfig()
         for name in (f.name for f in dataclasses.fields(self)):
-            if name not in ("seed", "runs", "quick", "preprocessing", "pruning"):
+            if name not in ("seed", "runs", "quick", "pruning"):
                 words += _option(name, getattr(self, name), getattr(default, name))
         for name in (f.name for f in dataclasses.fields(self.pruning)):
             words += _option(f"pruning.{name}", getattr(self.pruning, name), getattr(default.pruning, name))
@@ -124,7 +138,7 @@ def train_pruned(config: PruneRunConfig) -> RunResult:
     """
     torch.set_num_threads(config.threads)
     keep_freed_memory()
-    parts = load_parts(config.quick)
+    parts = load_parts(config.quick, config.task)
     seed_everything(config.seed)
     teacher = _load_base(config)
     student = _start(teacher, parts, config)
@@ -136,7 +150,7 @@ def _load_base(config: PruneRunConfig) -> nn.Module:
     path = config.base_folder / "weights.pt"
     if not path.exists():
         raise ConfigurationError(f"{path} does not exist; train first: python -m services.vision.training.train --help")
-    model = MODELS.get(config.model)(len(LABELS), False)
+    model = MODELS.get(config.model)(len(config.task.labels), False)
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.to(memory_format=torch.channels_last).eval()  # type: ignore[no-any-return, call-overload]
 
@@ -145,7 +159,9 @@ def _start(teacher: nn.Module, parts: Parts, config: PruneRunConfig) -> nn.Modul
     """The pruned network before training; kept in `start.pt`, so that a resumed run starts from the same channels."""
     path = config.folder / "start.pt"
     if path.exists():
-        return load_pruned(MODELS.get(config.model)(len(LABELS), False), torch.load(path, weights_only=True))
+        return load_pruned(
+            MODELS.get(config.model)(len(config.task.labels), False), torch.load(path, weights_only=True)
+        )
     source = _crops(parts.train, config, lambda _: config.preprocessing.size)
     batches = [source.batch(0, step) for step in range(min(config.importance_batches, source.steps_per_epoch))]
     example = torch.zeros(1, 3, config.preprocessing.size, config.preprocessing.size)
@@ -162,7 +178,14 @@ def _plain_batches(photos: Photos, config: PruneRunConfig) -> Iterator[Tensor]:
 
 
 def _crops(photos: Photos, config: PruneRunConfig, size_at: Callable[[int], int]) -> AugmentedBatches:
-    return AugmentedBatches(photos, config.preprocessing, size_at=size_at, batch=config.batch, seed=config.seed)
+    return AugmentedBatches(
+        photos,
+        config.preprocessing,
+        size_at=size_at,
+        batch=config.batch,
+        seed=config.seed,
+        augmentation=config.task.augmentation,
+    )
 
 
 def _fit(student: nn.Module, teacher: nn.Module, parts: Parts, config: PruneRunConfig) -> FitResult:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from services.vision.training.tasks import Task
 from services.vision.training.train import RunResult
 from shared.artifacts import TrainingRecord, Variant, sha256_of
 from shared.data.catalog import DATASETS
@@ -44,16 +45,18 @@ def describe_variant(
     )
 
 
-def training_record(result: RunResult, runs: Path, test: Classification, further_commands: list[str]) -> TrainingRecord:
+def training_record(
+    result: RunResult, task: Task, runs: Path, test: Classification, further_commands: list[str]
+) -> TrainingRecord:
     """How the shipped run came to be, with the other runs beside it as baselines and spread."""
     others = [r for r in finished_runs(runs) if r.test_photos == result.test_photos]
     of_mode = {"accuracy": result.mode, "accuracy_pruned": "pruned"}
     accuracies = {name: [r.accuracy for r in others if r.mode == mode] for name, mode in of_mode.items()}
-    dataset = DATASETS["flowers"]
+    dataset = DATASETS[task.dataset]
     return TrainingRecord(
         command=" && ".join([result.command, *further_commands]),
         seed=result.seed,
-        data=f"{dataset.description}; {dataset.source_url}; divided by services/vision/training/flowers_split.csv",
+        data=f"{dataset.description}; {dataset.source_url}; {task.division}",
         data_licence=dataset.licence,
         device=cpu_name(),
         wall_seconds=result.wall_seconds,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from services.vision.preprocess import ClassificationPreprocessing
-from services.vision.training import data, evaluate, export, prune, train
+from services.vision.training import data, evaluate, export, prune, tasks, train
 from services.vision.training.data import LABELS, Photos
 from services.vision.training.models import MODELS
 from services.vision.training.models.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
@@ -44,8 +44,7 @@ def published(tmp_path_factory):
     """Model root with a thin network trained, exported and published by the real programs."""
     patch = pytest.MonkeyPatch()
     folder = tmp_path_factory.mktemp("chain")
-    for module in (train, export, evaluate):  # pruning reads the photos through train
-        patch.setattr(module, "load_photos", coloured)
+    patch.setattr(tasks, "load_photos", coloured)
     if "thin" not in MODELS:
         shape = EfficientNetLiteConfig(width=0.2, depth=0.3, stem_channels=8, head_channels=64, batch_norm_momentum=0.5)
         MODELS.register("thin")(
@@ -116,7 +115,7 @@ def test_killed_pruning_starts_from_the_same_channels(published):
 
 
 def test_pruning_before_training_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "load_photos", coloured)
+    monkeypatch.setattr(tasks, "load_photos", coloured)
     with pytest.raises(ConfigurationError, match="train first"):
         prune.train_pruned(prune.PruneRunConfig(runs=tmp_path))
 

@@ -6,7 +6,9 @@ transition halves channels and size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,17 @@ class DenseNetConfig:
     """Layers in each block."""
     growth: int = 32
     """Maps that each layer adds."""
+    stem: Literal["large", "small"] = "large"
+    """A 7x7 convolution of stride 2 and a pooling, or a 3x3 one for pictures of about 32 pixels."""
     classes: int = 1000
+
+
+DENSENET_CONFIGS: Mapping[str, DenseNetConfig] = {
+    "densenet121": DenseNetConfig(),
+    "densenet-bc-100-12": DenseNetConfig((16, 16, 16), 12, "small", 10),
+    "densenet-28px": DenseNetConfig((3, 6, 6), 12, "small", 10),
+}
+"""The paper's for 224 and for 32 pixels, and a small one for 28."""
 
 
 def norm_relu_conv(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
@@ -49,8 +61,11 @@ class DenseNet(Classifier):
     def __init__(self, config: DenseNetConfig) -> None:
         super().__init__()
         channels = 2 * config.growth
-        stem = nn.Conv2d(3, channels, 7, 2, padding=3, bias=False)
-        self.blocks = nn.Sequential(stem, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+        if config.stem == "small":
+            self.blocks = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False))
+        else:
+            stem = nn.Conv2d(3, channels, 7, 2, padding=3, bias=False)
+            self.blocks = nn.Sequential(stem, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
         for index, layers in enumerate(config.layers):
             if index > 0:
                 self.blocks.extend([norm_relu_conv(channels, channels // 2, 1), nn.AvgPool2d(2)])
@@ -64,5 +79,5 @@ class DenseNet(Classifier):
 
     def features(self, x: Tensor) -> Tensor:
         """`[B, 3, H, W]` → `[B, F]`, averaged over the picture."""
-        x = self.blocks(x)  # [B, F, H/32, W/32]
+        x = self.blocks(x)  # [B, F, H/32, W/32], or H/4 and W/4 with the small stem
         return torch.relu(self.norm(x)).mean(dim=(2, 3))

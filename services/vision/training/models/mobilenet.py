@@ -6,25 +6,44 @@ A 3x3 convolution is split into a depthwise one, which filters each channel on i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from services.vision.training.models.classifier import Classifier, initialise_he
 
-
-@dataclass(frozen=True)
-class MobileNetConfig:
-    """What the task needs; the shapes are the papers' at width 1."""
-
-    dropout: float = 0.2
-    classes: int = 1000
-
-
 V1_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 """Channels and stride, table 1 of V1."""
 V2_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 """Expansion, channels, repeats, stride of the first; table 2 of V2."""
+
+
+@dataclass(frozen=True)
+class MobileNetConfig:
+    """What the task needs; the shapes are the papers' at width 1 unless said otherwise."""
+
+    dropout: float = 0.2
+    stages: tuple[tuple[int, int, int, int], ...] = V2_STAGES
+    """Of V2."""
+    stem_channels: int = 32
+    stem_stride: int = 2
+    """1 for pictures of about 32 pixels."""
+    head_channels: int = 1280
+    """Of V2."""
+    classes: int = 1000
+
+
+MOBILENET_V2_CONFIGS: Mapping[str, MobileNetConfig] = {
+    "mobilenet-v2": MobileNetConfig(),
+    "mobilenet-v2-28px": MobileNetConfig(
+        stages=((1, 16, 1, 1), (4, 24, 2, 2), (4, 40, 2, 2), (4, 64, 2, 2)),
+        stem_channels=16,
+        stem_stride=1,
+        head_channels=256,
+    ),
+}
+"""The paper's, and a small one for pictures of 28 pixels."""
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -82,12 +101,12 @@ def build_mobilenet_v1(config: MobileNetConfig) -> MobileNet:
 
 
 def build_mobilenet_v2(config: MobileNetConfig) -> MobileNet:
-    """MobileNetV2 1.0 for 224 pixels."""
-    blocks = nn.Sequential(*conv_norm(3, 32, 3, 2), nn.ReLU6(inplace=True))
-    inputs = 32
-    for expand, outputs, repeats, stride in V2_STAGES:
+    """MobileNetV2, by default 1.0 for 224 pixels."""
+    inputs = config.stem_channels
+    blocks = nn.Sequential(*conv_norm(3, inputs, 3, config.stem_stride), nn.ReLU6(inplace=True))
+    for expand, outputs, repeats, stride in config.stages:
         for repeat in range(repeats):
             blocks.append(InvertedResidual(inputs, outputs, stride if repeat == 0 else 1, expand))
             inputs = outputs
-    blocks.extend([*conv_norm(inputs, 1280, 1), nn.ReLU6(inplace=True)])
-    return MobileNet(blocks, 1280, config)
+    blocks.extend([*conv_norm(inputs, config.head_channels, 1), nn.ReLU6(inplace=True)])
+    return MobileNet(blocks, config.head_channels, config)

@@ -34,6 +34,8 @@ class WideResNetConfig:
 
 
 WIDE_RESNET_CONFIGS: Mapping[str, WideResNetConfig] = {
+    "wrn-10-2": WideResNetConfig(10, 2),
+    "wrn-16-1": WideResNetConfig(16, 1),
     "wrn-16-4": WideResNetConfig(16, 4),
     "wrn-28-10": WideResNetConfig(28, 10, dropout=0.3),
 }
