@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -82,15 +82,59 @@ class BatchObserver:
         """A batch ran without a fault."""
 
 
-@dataclass(eq=False)
-class _Item:
-    feeds: Arrays
-    rows: int
-    signature: tuple[object, ...]
-    deadline: float
-    future: asyncio.Future[BatchResult]
-    enqueued: float = field(default_factory=time.perf_counter)
-    call: CallScope | None = field(default_factory=current_call.get)
+class QueuedItem:
+    """One request in the queue, and who waits for it.
+
+    Args:
+        feeds: the graph's inputs by name.
+        deadline: time.monotonic() after which the answer is worthless.
+        call: whose item it is, for metrics and spans.
+    """
+
+    __slots__ = ("call", "deadline", "enqueued", "feeds", "rows", "signature")
+
+    def __init__(self, feeds: Arrays, deadline: float, call: CallScope | None) -> None:
+        self.feeds, self.deadline, self.call = feeds, deadline, call
+        self.rows = 1
+        signature: list[object] = []
+        for name, array in feeds.items():
+            shape = array.shape
+            if shape and shape[0] > self.rows:
+                self.rows = shape[0]
+            signature += (name, shape[1:], array.dtype)
+        self.signature = tuple(signature)
+        self.enqueued = time.perf_counter()
+
+    def abandoned(self) -> bool:
+        """Whether nobody waits any more."""
+        raise NotImplementedError
+
+    def answer(self, result: BatchResult) -> None:
+        """It ran."""
+        raise NotImplementedError
+
+    def fail(self, error: Exception) -> None:
+        """It failed, or its deadline passed before it ran."""
+        raise NotImplementedError
+
+
+class _AwaitedItem(QueuedItem):
+    """For whom a task waits."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, feeds: Arrays, deadline: float, call: CallScope | None) -> None:
+        super().__init__(feeds, deadline, call)
+        self.future: asyncio.Future[BatchResult] = asyncio.get_running_loop().create_future()
+
+    def abandoned(self) -> bool:
+        return self.future.done()
+
+    def answer(self, result: BatchResult) -> None:
+        self.future.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        self.future.set_exception(error)
 
 
 _Answer = dict[str, Array] | Exception
@@ -163,11 +207,11 @@ class ComputePool:
             self._idlers.append(idler)
             await idler
 
-    def _work(self, loop: asyncio.AbstractEventLoop, batcher: Batcher, batch: list[_Item]) -> None:
+    def _work(self, loop: asyncio.AbstractEventLoop, batcher: Batcher, batch: list[QueuedItem]) -> None:
         outcome = batcher.execute(batch)
         loop.call_soon_threadsafe(self._settle, batcher, batch, outcome)
 
-    def _settle(self, batcher: Batcher, batch: list[_Item], outcome: _Outcome) -> None:
+    def _settle(self, batcher: Batcher, batch: list[QueuedItem], outcome: _Outcome) -> None:
         self._idle += 1
         self._dispatch()  # the thread first, the answers after
         batcher.settle(batch, outcome)
@@ -203,7 +247,7 @@ class Batcher:
         self._session: Session = session
         self._pool = pool
         self._observer = observer or BatchObserver()
-        self._queue: dict[_Item, None] = {}  # insertion-ordered, and an item in the middle leaves in O(1)
+        self._queue: dict[QueuedItem, None] = {}  # insertion-ordered, and an item in the middle leaves in O(1)
         self._admitted = 0
         self._recent_seconds = 0.05
         self.limits = limits
@@ -228,6 +272,16 @@ class Batcher:
             yield
         finally:
             self._admitted -= 1
+
+    def enter(self, item: QueuedItem) -> None:
+        """As `admit` and `submit` for an item that is told its outcome, and whose maker calls `leave` after that."""
+        self._admitted += 1
+        self._queue[item] = None
+        self._pool.schedule(self)
+
+    def leave(self) -> None:
+        """Gives a place back that `enter` took."""
+        self._admitted -= 1
 
     @property
     def full(self) -> bool:
@@ -259,37 +313,38 @@ class Batcher:
         Raises:
             DeadlinePassed: the deadline passed before the item ran.
         """
-        rows = max((array.shape[0] for array in feeds.values() if array.ndim), default=1)
-        signature = tuple((name, array.shape[1:], array.dtype) for name, array in feeds.items())
-        item = _Item(feeds, rows, signature, deadline, asyncio.get_running_loop().create_future())
+        item = _AwaitedItem(feeds, deadline, current_call.get())
         self._queue[item] = None
         self._pool.schedule(self)
         try:
             return await item.future
         except asyncio.CancelledError:
-            if item in self._queue:  # it never ran
-                del self._queue[item]
-                # gRPC cancels the handler when the deadline passes, so look which of the two it was
-                self._observer.dropped("deadline" if time.monotonic() >= deadline else "cancelled")
+            self.withdraw(item)
             raise
+
+    def withdraw(self, item: QueuedItem) -> None:
+        """Nobody waits for the item any more: drops it, unless it runs already."""
+        if item in self._queue:
+            del self._queue[item]
+            # gRPC cancels a call when its deadline passes, so look which of the two it was
+            self._observer.dropped("deadline" if time.monotonic() >= item.deadline else "cancelled")
 
     def close(self) -> None:
         """Gives the session up; call it when no request is inside."""
         self._session = ClosedSession()
 
-    def take(self) -> list[_Item]:
+    def take(self) -> list[QueuedItem]:
         """The next batch: the oldest item and those behind it that fit with it, without the dead."""
-        batch: list[_Item] = []
+        batch: list[QueuedItem] = []
         rows = 0
         now = time.monotonic()
         for item in list(self._queue):
-            if item.future.done():
-                del self._queue[item]
-                self._observer.dropped("cancelled")
+            if item.abandoned():
+                self.withdraw(item)
             elif item.deadline <= now:
                 del self._queue[item]
                 self._observer.dropped("deadline")
-                item.future.set_exception(DeadlinePassed("the deadline passed while the request waited in the queue"))
+                item.fail(DeadlinePassed("the deadline passed while the request waited in the queue"))
             elif batch and (item.signature != batch[0].signature or rows + item.rows > self.limits.max_batch):
                 break  # order is kept: nobody overtakes
             else:
@@ -300,7 +355,7 @@ class Batcher:
                 break
         return batch
 
-    def execute(self, batch: list[_Item]) -> _Outcome:
+    def execute(self, batch: list[QueuedItem]) -> _Outcome:
         """Joins the inputs, runs them and splits the outputs; called in a thread, never raises.
 
         When a joined run fails, each request runs alone, so that a bad one does not fail its neighbours.
@@ -318,13 +373,13 @@ class Batcher:
         ended = time.perf_counter()
         return _Outcome(answers, len(batch) == 1, started, joined, ended, ended)
 
-    def _run_alone(self, item: _Item) -> _Answer:
+    def _run_alone(self, item: QueuedItem) -> _Answer:
         try:
             return self._session.run(item.feeds)
         except Exception as error:
             return error
 
-    def settle(self, batch: list[_Item], outcome: _Outcome) -> None:
+    def settle(self, batch: list[QueuedItem], outcome: _Outcome) -> None:
         """Hands the outcome to the callers."""
         rows = sum(item.rows for item in batch)
         self._recent_seconds += 0.2 * (outcome.seconds - self._recent_seconds)
@@ -334,13 +389,13 @@ class Batcher:
         for item, answer in zip(batch, outcome.answers, strict=True):
             queue_seconds = outcome.started - item.enqueued
             waited += queue_seconds
-            if item.future.done():
+            if item.abandoned():
                 pass  # the caller left while it ran
             elif isinstance(answer, Exception):
-                item.future.set_exception(answer)
+                item.fail(answer)
             else:
                 size = rows if outcome.together else item.rows
-                item.future.set_result(BatchResult(answer, size, queue_seconds, outcome.seconds))
+                item.answer(BatchResult(answer, size, queue_seconds, outcome.seconds))
         if outcome.together and not isinstance(outcome.answers[0], Exception):
             self._observer.answered(
                 BatchTimes(
@@ -354,13 +409,13 @@ class Batcher:
             )
 
 
-def _join(batch: list[_Item]) -> Arrays:
-    if len(batch) == 1:
-        return batch[0].feeds
+def _join(batch: list[QueuedItem]) -> Arrays:
+    if len(batch) == 1:  # a tensor can lie anywhere in a message, but graphs want whole words
+        return {name: array if array.flags.aligned else array.copy() for name, array in batch[0].feeds.items()}
     return {name: np.concatenate([item.feeds[name] for item in batch]) for name in batch[0].feeds}
 
 
-def _split(outputs: dict[str, Array], batch: list[_Item]) -> Iterator[dict[str, Array]]:
+def _split(outputs: dict[str, Array], batch: list[QueuedItem]) -> Iterator[dict[str, Array]]:
     """Each item's rows, as views; a lonely item gets the outputs as they are, so that they need not have rows."""
     if len(batch) == 1:
         yield outputs

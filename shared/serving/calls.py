@@ -1,21 +1,22 @@
 """The call that the current task answers: its ids, its deadline, and what is reported about it.
 
 A server's front makes one CallScope for each call, whatever carries the bytes: `MethodObserver.begin` when it arrives,
-`CallScope.finish` when it is answered. Everything below finds it in `current_call`.
+`CallScope.finish` when it is answered. A task that answers it calls `enter`, so that everything below finds it in
+`current_call`.
 """
 
 from __future__ import annotations
 
 import contextvars
 import logging
+import random
 import re
-import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from shared.logs import request_id, trace_id
-from shared.serving.traffic import SHADOW_HEADER, VERSIONS_HEADER, parse_traffic, traffic
+from shared.serving.traffic import SHADOW_HEADER, VERSIONS_HEADER, Traffic, parse_traffic, traffic
 
 access_log = logging.getLogger("usagi.access")
 
@@ -25,6 +26,9 @@ TRACE_STATE = "tracestate"
 _READ = frozenset((REQUEST_ID, TRACE_PARENT, TRACE_STATE, VERSIONS_HEADER, SHADOW_HEADER))
 MAX_ID = 128
 _TRACE_PARENT = re.compile(r"([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+
+_NOTHING: Mapping[str, Any] = {}
+_ids = random.Random()  # noqa: S311  # names for calls, no secrets
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
@@ -88,33 +92,49 @@ class CallScope:
         request_id: the caller's or the gateway's, or a new one.
         shadow: the call is a copy whose answer nobody reads (shared/serving/traffic.py).
         span: set while the call is traced.
+        started: time.perf_counter() of its arrival.
         answered_by: fields of the access log that the engine adds: model, version, variant, batch.
     """
 
-    __slots__ = ("_reports", "_started", "answered_by", "method", "request_id", "shadow", "span")
+    __slots__ = (
+        *("_reports", "_routed", "_trace_id", "answered_by", "method"),
+        *("request_id", "shadow", "span", "started"),
+    )
 
     def __init__(self, reports: MethodReports, metadata: Metadata) -> None:
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
         self._reports = reports
         self.method = reports.method
-        self.answered_by: dict[str, Any] = {}
+        self.answered_by: Mapping[str, Any] = _NOTHING
         found = {str(key): value for key, value in metadata if key in _READ}
-        self.request_id = str(found.get(REQUEST_ID, ""))[:MAX_ID] or secrets.token_hex(16)
+        self.request_id = str(found.get(REQUEST_ID, ""))[:MAX_ID] or f"{_ids.getrandbits(128):032x}"
         self.shadow = SHADOW_HEADER in found
+        self._routed: Traffic | None = None
         for header in (VERSIONS_HEADER, SHADOW_HEADER):
             if header in found:
-                traffic.set(parse_traffic(header, str(found[header])))
+                self._routed = parse_traffic(header, str(found[header]))
         parent = None
         if TRACE_PARENT in found:
             parent = TraceParent.parse(str(found[TRACE_PARENT]), str(found.get(TRACE_STATE, "")))
         self.span = reports.start_span(parent, self.request_id)
+        self._trace_id = self.span.trace_id if self.span else parent.trace_id if parent else ""
+
+    def enter(self) -> None:
+        """The current task answers this call from now on."""
+        if self._routed is not None:
+            traffic.set(self._routed)
         request_id.set(self.request_id)
-        trace_id.set(self.span.trace_id if self.span else parent.trace_id if parent else "")
+        trace_id.set(self._trace_id)
         current_call.set(self)
+
+    @property
+    def routed(self) -> bool:
+        """Whether a canary has a say in it."""
+        return self._routed is not None
 
     def finish(self, code: str, message: str = "") -> None:
         """Counts, logs and ends the call; `code` is the name of its gRPC code."""
-        seconds = time.perf_counter() - self._started
+        seconds = time.perf_counter() - self.started
         self._reports.ended(code, seconds, counted=not self.shadow)
         if self.span is not None:
             self.span.end(code, message)
@@ -124,4 +144,7 @@ class CallScope:
                 fields["error"] = message
             if self.shadow:
                 fields["shadow"] = True
+            before = request_id.set(self.request_id), trace_id.set(self._trace_id)  # a call need not have its own task
             access_log.info("call", extra=fields)
+            request_id.reset(before[0])
+            trace_id.reset(before[1])

@@ -39,6 +39,8 @@ CONTROL = (
 
 Handler = Any  # grpc.RpcMethodHandler has no usable type
 Trailers = tuple[tuple[str, str | bytes], ...]
+Direct = Callable[[bytes, Any], Any]
+"""Takes a message and a context; what it returns is told to `cancel` when the caller leaves. None: not this call."""
 
 
 class CallHandlers(grpc.GenericRpcHandler):
@@ -54,6 +56,7 @@ class CallHandlers(grpc.GenericRpcHandler):
         self._overload = overload
         self._handlers: dict[str, Handler] = {}
         self._refusals: dict[str, Handler] = {}
+        self._direct: dict[str, Direct] = {}
         self._observers: dict[str, MethodObserver] = {}
         self._unknown = telemetry.method("unknown")
 
@@ -72,6 +75,14 @@ class CallHandlers(grpc.GenericRpcHandler):
             if not (handler.request_streaming or handler.response_streaming or method.startswith(CONTROL)):
                 self._refusals[method] = wrap_handler(self._refusing(), observer)
 
+    def answer_directly(self, method: str, direct: Callable[[MethodObserver], Direct]) -> None:
+        """Lets a front that can do so answer some calls of a method without a task; the others go to its handler."""
+        self._direct[method] = direct(self._observers[method])
+
+    def direct(self, method: str) -> Direct | None:
+        """What `answer_directly` gave for the method."""
+        return self._direct.get(method)
+
     def methods(self) -> Iterable[tuple[str, Handler]]:
         """Path and handler of every method."""
         return self._handlers.items()
@@ -83,7 +94,7 @@ class CallHandlers(grpc.GenericRpcHandler):
 
     def refuse(self, method: str, error: Exception, context: Any) -> tuple[grpc.StatusCode, str, Trailers]:
         """Counts and logs a call that ends before its handler; its status, as abort() takes it."""
-        return _CallRecord(self._observers.get(method, self._unknown), context).failure(error)
+        return CallRecord(self._observers.get(method, self._unknown), context).failure(error)
 
     def service(self, handler_call_details: Any) -> Handler:
         """grpcio asks for the handler of a call."""
@@ -130,7 +141,8 @@ def _measured(serialize: Callable[[Any], bytes] | None, observer: MethodObserver
 
 def _unary(behaviour: Any, parse: Any, deserialize: Any, observer: MethodObserver) -> Any:
     async def call(request: Any, context: Any) -> Any:
-        record = _CallRecord(observer, context)
+        record = CallRecord(observer, context)
+        record.scope.enter()
         try:
             response = await behaviour(parse(request, deserialize, observer), context)
         except asyncio.CancelledError:
@@ -147,7 +159,8 @@ def _unary(behaviour: Any, parse: Any, deserialize: Any, observer: MethodObserve
 
 def _streaming(behaviour: Any, parse: Any, deserialize: Any, observer: MethodObserver) -> Any:
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-        record = _CallRecord(observer, context)
+        record = CallRecord(observer, context)
+        record.scope.enter()
         try:
             async for response in behaviour(parse(request, deserialize, observer), context):
                 yield response
@@ -162,13 +175,13 @@ def _streaming(behaviour: Any, parse: Any, deserialize: Any, observer: MethodObs
     return call
 
 
-class _CallRecord:
-    """One call from arrival to answer, on gRPC's side: its trailers and its status."""
+class CallRecord:
+    """One call from arrival to answer, on gRPC's side: its trailers and its status; `scope` is the rest of it."""
 
     def __init__(self, observer: MethodObserver, context: Any) -> None:
         self._observer, self._context = observer, context
-        self._scope = observer.begin(context.invocation_metadata())
-        context.set_trailing_metadata(((REQUEST_ID, self._scope.request_id),))
+        self.scope = observer.begin(context.invocation_metadata())
+        context.set_trailing_metadata(((REQUEST_ID, self.scope.request_id),))
 
     async def fail(self, error: Exception) -> None:
         """Ends the call with the rich status of `error`, without a message: JSON transcoding relies on that."""
@@ -179,7 +192,7 @@ class _CallRecord:
 
     def failure(self, error: Exception) -> tuple[grpc.StatusCode, str, Trailers]:
         """Counts and logs the call as failed; its status, as abort() takes it."""
-        request_id = self._scope.request_id
+        request_id = self.scope.request_id
         status = to_status(error, self._observer.service, request_id)
         rich = rpc_status.to_status(status)
         if rich.code is grpc.StatusCode.INTERNAL:
@@ -189,15 +202,22 @@ class _CallRecord:
 
     def finish(self, code: grpc.StatusCode, message: str = "") -> None:
         """Counts, logs and traces the call."""
-        self._scope.finish(code.name, message)
+        self.scope.finish(code.name, message)
 
 
 def _parse(request: bytes, deserialize: Callable[[bytes], Any] | None, observer: MethodObserver) -> Any:
     observer.received(len(request))
-    if deserialize is None:
-        return request
+    return request if deserialize is None else parse_message(request, deserialize)
+
+
+def parse_message(message: bytes, deserialize: Callable[[bytes], Any]) -> Any:
+    """The message that the bytes are.
+
+    Raises:
+        InvalidInput: they are none.
+    """
     try:
-        return deserialize(request)
+        return deserialize(message)
     except Exception as error:
         raise InvalidInput(
             "request", "the bytes are not a message of this method; check that client and server use the same protos"

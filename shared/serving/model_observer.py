@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Histogram
@@ -78,9 +79,30 @@ class ModelObserver(BatchObserver):
         self._queue, self._infer = stages["queue"], stages["infer"]
         self._tracing = tracing
         self._attributes = attributes(labels)
+        self._names = dict(zip(("model", "version", "variant"), labels, strict=True))
         self._batch_size, self._batch_seconds = batch_size, batch_seconds
         self._rejected, self._dropped = rejected, dropped
         self.statistics = statistics
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Measures one request from the choice of the model to its result."""
+        started = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self.request_failed(time.perf_counter() - started)
+            raise
+        self.request_done(current_call.get(), time.perf_counter() - started)
+
+    def request_done(self, call: CallScope | None, seconds: float) -> None:
+        """A request was answered."""
+        self.statistics.success.add(seconds)
+        self.whole.count(call, seconds)
+
+    def request_failed(self, seconds: float) -> None:
+        """A request got no result."""
+        self.statistics.fail.add(seconds)
 
     def rejected(self, reason: str) -> None:
         """Counts a refusal."""
@@ -94,12 +116,12 @@ class ModelObserver(BatchObserver):
         """Counts a batch and its items, and makes their spans."""
         self._batch_size.observe(report.rows)
         self._batch_seconds.observe(report.seconds)
-        model, version, variant = self.labels
+        answered_by = {**self._names, "batch": report.rows}
         for call, enqueued in zip(report.calls, report.enqueued, strict=True):
             self._queue.count(call, report.started - enqueued)
             self._infer.count(call, report.seconds)
             if call is not None:
-                call.answered_by = {"model": model, "version": version, "variant": variant, "batch": report.rows}
+                call.answered_by = answered_by
         if self._tracing is not None:
             self._trace(self._tracing, report)
 

@@ -27,8 +27,9 @@ from pygrpc_native._native import STREAM_CLOSED, STREAM_FULL
 
 from shared.errors import MessageTooLarge, Unreachable
 from shared.serving.front import GrpcioFront
-from shared.serving.handlers import CallHandlers, Handler, Trailers
+from shared.serving.handlers import CallHandlers, Direct, Handler, Trailers
 from shared.serving.status import PUSHBACK_TRAILER
+from shared.serving.traffic import SHADOW_HEADER, VERSIONS_HEADER
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ SETTLE_SECONDS = 0.2
 """From the last answer's end to the closing of its connection, for the socket's own buffers."""
 
 
+ROUTED = frozenset((VERSIONS_HEADER, SHADOW_HEADER))
+
+
 class NativeFront:
     """Serves the methods of `handlers` on one insecure port.
 
@@ -53,7 +57,11 @@ class NativeFront:
     def __init__(self, handlers: CallHandlers, max_message_bytes: int) -> None:
         self._handlers = handlers
         self._limit = max_message_bytes
-        self._methods = [_Method(path, handler) for path, handler in handlers.methods() if _runs_natively(handler)]
+        self._methods = [
+            _Method(path, handler, handlers.direct(path))
+            for path, handler in handlers.methods()
+            if _runs_natively(handler)
+        ]
         self._calls: dict[int, NativeContext] = {}
         self._stopping = False
         self._front: NativeGrpcFront | None = None
@@ -82,12 +90,14 @@ class NativeFront:
         """See Front."""
         self._stopping = True
         fallback = asyncio.ensure_future(self._fallback.stop(grace))
-        tasks = [context.task for context in self._calls.values() if context.task is not None]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=grace)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        for _ in range(round(grace / FLUSH_STEP_SECONDS)):
+            if not self._calls:
+                break
+            await asyncio.sleep(FLUSH_STEP_SECONDS)
+        late = list(self._calls.values())
+        for context in late:
+            context.end_late()
+        await asyncio.gather(*(context.task for context in late if context.task), return_exceptions=True)
         await fallback
         await self._flush()
         await asyncio.to_thread(self._listening().close)
@@ -127,11 +137,14 @@ class NativeFront:
                     context.leave()
                 continue
             method = self._methods[method_id]
-            context = NativeContext(front, call_id, details)
+            context = NativeContext(front, call_id, details, self._limit, self._calls)
             if (refused := self._refusal(method.path, payload)) is not None:
                 context.fail(*self._handlers.refuse(method.path, refused, context))
                 continue
             self._calls[call_id] = context
+            if method.direct is not None and (direct := method.direct(payload, context)) is not None:
+                context.direct = direct
+                continue
             context.task = loop.create_task(self._run(method, context, payload))
 
     def _refusal(self, path: str, payload: bytes) -> Exception | None:
@@ -150,7 +163,7 @@ class NativeFront:
                         return
                 context.end_stream()
             else:
-                context.respond(method.serialize(await method.behaviour(request, context)), self._limit)
+                context.respond(method.serialize(await method.behaviour(request, context)))
         except grpc.aio.AbortError:
             pass  # abort() told the caller
         except asyncio.CancelledError:
@@ -159,14 +172,15 @@ class NativeFront:
             log.exception("unexpected error", extra={"method": method.path})
             context.fail(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
         finally:
-            self._calls.pop(context.call_id, None)
+            context.release()
 
 
 class _Method:
     """One method as the front runs it."""
 
-    def __init__(self, path: str, handler: Handler) -> None:
+    def __init__(self, path: str, handler: Handler, direct: Direct | None) -> None:
         self.path = path
+        self.direct = direct
         self.streaming: bool = handler.response_streaming
         self.behaviour = handler.unary_stream if self.streaming else handler.unary_unary
         self.deserialize = handler.request_deserializer
@@ -183,27 +197,27 @@ class NativeContext:
     """What a servicer may ask of a call, as grpc.aio.ServicerContext has it."""
 
     __slots__ = (
-        "_code",
-        "_deadline",
-        "_ended",
-        "_front",
-        "_left",
-        "_metadata",
-        "_peer",
-        "_trailing",
-        "call_id",
-        "task",
+        *("_calls", "_code", "_ended", "_front", "_left", "_limit", "_metadata", "_peer", "_trailing"),
+        *("call_id", "deadline", "direct", "task"),
     )
 
-    def __init__(self, front: NativeGrpcFront, call_id: int, details: tuple[Any, str, float | None]) -> None:
-        self._front = front
+    def __init__(
+        self,
+        front: NativeGrpcFront,
+        call_id: int,
+        details: tuple[Any, str, float | None],
+        limit: int,
+        calls: dict[int, NativeContext],
+    ) -> None:
+        self._front, self._limit, self._calls = front, limit, calls
         self._metadata, self._peer, remaining = details
-        self._deadline = None if remaining is None else time.monotonic() + remaining
         self._trailing: Trailers = ()
         self._code: grpc.StatusCode | None = None
         self._ended = self._left = False
         self.call_id = call_id
+        self.deadline = float("inf") if remaining is None else time.monotonic() + remaining
         self.task: asyncio.Task[None] | None = None
+        self.direct: Any = None
 
     def invocation_metadata(self) -> Trailers:
         """Key and value of every header; values of `-bin` keys are bytes."""
@@ -216,7 +230,11 @@ class NativeContext:
 
     def time_remaining(self) -> float | None:
         """Seconds until the caller's deadline; None without one."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        return None if self.deadline == float("inf") else max(0.0, self.deadline - time.monotonic())
+
+    def is_routed(self) -> bool:
+        """Whether the gateway's canaries have a say in it."""
+        return any(key in ROUTED for key, _ in self._metadata)
 
     def cancelled(self) -> bool:
         """Whether the caller left or its deadline passed."""
@@ -245,6 +263,20 @@ class NativeContext:
         self._left = self._ended = True
         if self.task is not None:
             self.task.cancel()
+        elif self.direct is not None:
+            self.direct.cancel()
+
+    def end_late(self) -> None:
+        """The server ends before the call does."""
+        if self.task is not None:
+            self.task.cancel()
+        elif self.direct is not None:
+            self.fail(grpc.StatusCode.CANCELLED, "the server is shutting down")
+            self.direct.cancel()
+
+    def release(self) -> None:
+        """The call is over, whatever its outcome."""
+        self._calls.pop(self.call_id, None)
 
     def fail(self, code: grpc.StatusCode, details: str, trailing_metadata: Trailers = ()) -> None:
         """Ends the call with that status, if it has not ended."""
@@ -253,10 +285,10 @@ class NativeContext:
             trailers = [pair for pair in trailing_metadata if pair[0] != PUSHBACK_TRAILER]  # the wheel reserves it
             self._front.fail(self.call_id, code.value[0], details, trailers)
 
-    def respond(self, message: bytes, limit: int) -> None:
+    def respond(self, message: bytes) -> None:
         """Ends a unary call with its answer."""
-        if len(message) > limit:
-            self.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, MessageTooLarge(len(message), limit).message)
+        if len(message) > self._limit:
+            self.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, MessageTooLarge(len(message), self._limit).message)
         elif not self._ended:
             self._ended = True
             self._front.respond(self.call_id, message, None, self._trailing)

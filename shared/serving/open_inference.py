@@ -18,13 +18,18 @@ from inference import open_inference_grpc_pb2_grpc as pb_grpc
 from shared.artifacts import TensorSpec
 from shared.errors import InvalidInput, ModelUnavailable, NotSupported
 from shared.serving.admin import require_admin
+from shared.serving.batching import BatchResult
 from shared.serving.calls import deadline_of
 from shared.serving.engine import Engine
+from shared.serving.handlers import parse_message
 from shared.serving.inference_reports import PLATFORM, answers, index_entry, model_config, model_statistics
 from shared.serving.inference_requests import deadline_within, graph_failure, read_query, to_response, variant_of
+from shared.serving.repository import ServedVariant
+from shared.serving.session import Array
 from shared.serving.status import to_status
 from shared.serving.streams import answer_in_order
 from shared.serving.tensors import datatype_of
+from shared.serving.wire import InferPlans
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +66,7 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     def __init__(self, engine: Engine, ready: Any) -> None:
         self._engine = engine
         self._ready = ready
+        self.plans = InferPlans()
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         """Whoever can answer, lives."""
@@ -131,17 +137,38 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         response.infer_response.parameters["triton_final_response"].bool_param = True
         return response
 
-    async def _infer(self, request: pb.ModelInferRequest, deadline: float) -> pb.ModelInferResponse:
+    async def infer_bytes(self, message: bytes, context: Context) -> bytes:
+        """ModelInfer from bytes to bytes: without protobuf where a header was seen before (wire.py)."""
+        deadline = deadline_of(context)
+        seen = self.plans.match(message)
+        if seen is None:
+            request = parse_message(message, pb.ModelInferRequest.FromString)
+            return (await self._infer(request, deadline, message)).SerializeToString()
+        plan = seen.plan
+        async with self._engine.repository.acquire(plan.model_name, plan.model_version, plan.variant) as served:
+            with served.batcher.admit():
+                if served.manifest is plan.manifest:
+                    result = await _run(served, seen.feeds, deadline)
+                    return plan.answer(seen.id, served.version, served.variant, result)
+                request = pb.ModelInferRequest.FromString(message)  # what does it mean to this version?
+                return (await self._infer_admitted(request, served, deadline, message)).SerializeToString()
+
+    async def _infer(
+        self, request: pb.ModelInferRequest, deadline: float, message: bytes = b""
+    ) -> pb.ModelInferResponse:
         name = _required(request.model_name, "model_name")
         deadline = deadline_within(request, deadline)
         async with self._engine.repository.acquire(name, request.model_version, variant_of(request)) as served:
             with served.batcher.admit():
-                query = read_query(request, served.manifest)
-                try:
-                    result = await served.batcher.submit(query.feeds, deadline)
-                except Exception as error:
-                    raise graph_failure(error) or error from error
-            return to_response(request, query, served, result)
+                return await self._infer_admitted(request, served, deadline, message)
+
+    async def _infer_admitted(
+        self, request: pb.ModelInferRequest, served: ServedVariant, deadline: float, message: bytes
+    ) -> pb.ModelInferResponse:
+        query = read_query(request, served.manifest)
+        if message:
+            self.plans.learn(message, request, query, served.manifest)
+        return to_response(request, query, served, await _run(served, query.feeds, deadline))
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
         """The model's configuration in Triton's words."""
@@ -192,6 +219,13 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         _only_repository(request.repository_name)
         self._engine.repository.unload(_required(request.model_name, "model_name"))
         return pb.RepositoryModelUnloadResponse()
+
+
+async def _run(served: ServedVariant, feeds: dict[str, Array], deadline: float) -> BatchResult:
+    try:
+        return await served.batcher.submit(feeds, deadline)
+    except Exception as error:
+        raise graph_failure(error) or error from error
 
 
 def _refusing(name: str) -> Any:

@@ -167,22 +167,37 @@ class ModelRepository:
             served = await self._variant(name, version, variant)
         else:
             served = await self._routed(call, name, version, variant)
-        served.leases += 1  # before anything waits again, so that it cannot be closed meanwhile
+        self.lease(served)  # before anything waits again, so that it cannot be closed meanwhile
         try:
-            async with contextlib.AsyncExitStack() as routed:
-                if call is not UNROUTED:
-                    await routed.enter_async_context(self._observed(call, served))
-                started = time.perf_counter()
-                with contextlib.nullcontext() if call.shadow else served.observer.statistics.request():
+            if call is UNROUTED:
+                with served.observer.request():
                     yield served
-                if not call.shadow:
-                    served.observer.whole.observe(time.perf_counter() - started)
+            else:
+                async with self._observed(call, served):
+                    with contextlib.nullcontext() if call.shadow else served.observer.request():
+                        yield served
         finally:
-            served.leases -= 1
-            self._uses += 1
-            served.used = self._uses
-            if not served.leases and (served.retired or self.memory.limit):
-                self._rest(served)
+            self.release(served)
+
+    def ready(self, name: str, version: str, variant: str) -> ServedVariant | None:
+        """What `acquire` would lease to a call that no canary routed; None unless it is in memory, ready to run."""
+        try:
+            entry = self.find(name, version)
+            return entry.loaded.get(self._variant_name(entry, variant))
+        except UsagiError:
+            return None
+
+    def lease(self, served: ServedVariant) -> None:
+        """Holds a variant in memory until `release`; called before anything waits after it was found."""
+        served.leases += 1
+
+    def release(self, served: ServedVariant) -> None:
+        """Ends a lease."""
+        served.leases -= 1
+        self._uses += 1
+        served.used = self._uses
+        if not served.leases and (served.retired or self.memory.limit):
+            self._rest(served)
 
     async def _routed(self, call: Traffic, name: str, version: str, variant: str) -> ServedVariant:
         """The first version of the canary's that can answer; else, for a live call, what it gets without a canary."""
@@ -239,16 +254,17 @@ class ModelRepository:
 
     @staticmethod
     def _variant_name(entry: ModelVersion, variant: str) -> str:
-        metadata = {"model": entry.name, "version": str(entry.version)}
         if entry.failure or entry.withdrawn or entry.manifest is None:
             raise ModelUnavailable(
-                f"model {entry.name} version {entry.version} is {entry.state.value}: {entry.reason}", metadata=metadata
+                f"model {entry.name} version {entry.version} is {entry.state.value}: {entry.reason}",
+                metadata={"model": entry.name, "version": str(entry.version)},
             )
         name = entry.auto if variant in ("", AUTO) else variant
         if name not in entry.manifest.variants:
             raise ModelNotFound("variant", name, [AUTO, *entry.manifest.variants])
         if name in entry.broken:
-            raise ModelUnavailable(entry.broken[name], metadata={**metadata, "variant": name})
+            metadata = {"model": entry.name, "version": str(entry.version), "variant": name}
+            raise ModelUnavailable(entry.broken[name], metadata=metadata)
         return name
 
     async def _load_for_use(self, entry: ModelVersion, variant: str) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import grpc
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
@@ -24,6 +26,7 @@ from usagi.model.v1 import model_service_pb2_grpc as model_grpc
 from shared.errors import ConfigurationError
 from shared.logs import configure_json
 from shared.serving.config import ServingConfig
+from shared.serving.direct_calls import DirectInfer
 from shared.serving.engine import Engine
 from shared.serving.front import Front, make_front
 from shared.serving.handlers import CallHandlers
@@ -32,6 +35,7 @@ from shared.serving.open_inference import OpenInferenceServicer
 
 log = logging.getLogger(__name__)
 
+MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 COMMON_SERVICES = ("usagi.model.v1.ModelService", "inference.GRPCInferenceService")
 Register = Callable[[Engine, Any], Sequence[str]]
 """Adds a domain's own servicers to a server (or what stands in for it) and returns their full names."""
@@ -90,7 +94,9 @@ class ModelServer:
         self._services = [*self._register(self.engine, registry), *COMMON_SERVICES]
         model_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.engine), registry)
         inference: Any = OpenInferenceServicer  # some of its methods are set by name, which mypy cannot see
-        inference_grpc.add_GRPCInferenceServiceServicer_to_server(inference(self.engine, lambda: self._ready), registry)
+        servicer = inference(self.engine, lambda: self._ready)
+        inference_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, registry)
+        self._take_the_short_way(handlers, servicer)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, handlers)
         if self._config.reflection:
             names = [*self._services, "grpc.health.v1.Health", reflection.SERVICE_NAME]
@@ -113,6 +119,13 @@ class ModelServer:
         self._ready = True
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         log.info("serving", extra={"port": self.port, "models": len(self.engine.repository.versions())})
+
+    def _take_the_short_way(self, handlers: CallHandlers, servicer: OpenInferenceServicer) -> None:
+        """ModelInfer works on bytes, and where the front can do so without tasks."""
+        infer: Any = grpc.unary_unary_rpc_method_handler(servicer.infer_bytes)
+        service, _, method = MODEL_INFER.strip("/").rpartition("/")
+        handlers.add_registered_method_handlers(service, {method: infer})
+        handlers.answer_directly(MODEL_INFER, functools.partial(DirectInfer, self.engine, servicer.plans))
 
     async def _say(self, status: Any) -> None:
         for name in ("", *self._services):

@@ -6,8 +6,6 @@ Prometheus has the histograms; these are the sums that Triton's clients read. Al
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from shared.serving.batching import BatchTimes
@@ -57,17 +55,6 @@ class ModelStatistics:
     queue: Duration = field(default_factory=Duration)
     compute: ComputeDurations = field(default_factory=ComputeDurations)
     by_batch_size: dict[int, ComputeDurations] = field(default_factory=dict)
-
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Counts one request by how it ends."""
-        started = time.perf_counter()
-        try:
-            yield
-        except BaseException:
-            self.fail.add(time.perf_counter() - started)
-            raise
-        self.success.add(time.perf_counter() - started)
 
     def add_batch(self, times: BatchTimes) -> None:
         """Counts one run."""
