@@ -8,7 +8,7 @@ DOMAIN ?= vision
 MODEL ?= flowers-efficientnet-lite0
 SEED ?= 0
 
-.PHONY: help install demo local test verify reproduce up observe down logs load protos lint format train export bench ci e2e clean
+.PHONY: help install demo local test fuzz verify reproduce up observe down logs load protos lint format train export bench ci e2e clean
 
 help:  ## this list
 	@printf 'Usagi: deep-learning microservices over gRPC\n\n'
@@ -48,6 +48,9 @@ test: .venv/.dev .venv-interop/.made  ## all tests (those that need Docker run w
 
 e2e: .venv/.dev  ## only the tests on the real compose stack
 	@$(BIN)/python -m pytest tests/e2e
+
+fuzz: .venv/.dev  ## 10,000 hostile calls, memory over 10,000 right ones, broken HTTP/2 (more: python -m tests.fuzz)
+	@$(BIN)/python -m pytest tests/fuzz/every_rpc.py tests/fuzz/memory.py tests/fuzz/hostile.py
 
 verify: .venv/.dev  ## evaluate every shipped model again and compare with its manifest
 	@$(BIN)/python -m services.vision.training.evaluate --root deploy/models

@@ -16,12 +16,13 @@ ACCEPTED = "JPEG, PNG, WebP or BMP"
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """Size in pixels as stored, before the EXIF `orientation` (1 to 8, 1 is upright) is applied."""
+    """Size in pixels as stored, before the EXIF `orientation` (1 to 8, 1 is upright) is applied; `depth` in bits."""
 
     format: str
     width: int
     height: int
     orientation: int = 1
+    depth: int = 8
 
 
 class ImageFormatError(Exception):
@@ -168,16 +169,18 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _read_png(data: bytes) -> ImageHeader:
-    width, height, orientation, pixels = 0, 0, 1, False
-    for kind, content in _png_chunks(data):
+    width, height, depth, orientation, pixels = 0, 0, 0, 1, False
+    for index, (kind, content) in enumerate(_png_chunks(data)):
+        if (kind == b"IHDR") != (index == 0):  # a second one, after the pixels, would hide the first from us only
+            raise ImageFormatError("IMAGE_CORRUPT", "is a PNG whose header is not first and alone; send the original")
         if kind == b"IHDR":
-            width, height = struct.unpack_from(">II", content)
+            width, height, depth = struct.unpack_from(">IIB", content)
         elif kind == b"eXIf":
             orientation = _exif_orientation(content)
         pixels = pixels or kind == b"IDAT"
     if not pixels:
         raise ImageFormatError("IMAGE_CORRUPT", "is a PNG without pixels (no IDAT chunk); send the original file")
-    return ImageHeader("PNG", width, height, orientation)
+    return ImageHeader("PNG", width, height, orientation, max(8, depth))
 
 
 def plain_png(data: bytes) -> bytes:
@@ -226,7 +229,7 @@ def _read_webp(data: bytes) -> ImageHeader:
     while position + 8 <= end:
         kind, length = struct.unpack_from("<4sI", data, position)
         content = position + 8
-        if kind == b"VP8X":
+        if kind == b"VP8X" and not canvas[0]:  # decoders believe the first that says a size
             canvas = _uint24(data, content + 4) + 1, _uint24(data, content + 7) + 1
         elif kind in (b"VP8 ", b"VP8L", b"ANMF"):
             pixels = True

@@ -8,10 +8,15 @@ when the compressed pixels of a JPEG are damaged.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable
 
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # read when cv2 loads; a bad picture is the caller's fault, not news
+# read when cv2 loads; a bad picture is the caller's fault, not news
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
+# OpenCV's own limit, a second wall behind ours; the default is 2^30, 3 GB of pixels
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))
 
 import cv2
 import numpy as np
@@ -21,7 +26,13 @@ from shared.errors import InvalidInput
 from shared.image_headers import ImageFormatError, ImageHeader, plain_png, read_header
 
 MAX_PIXELS = 40_000_000
-"""Default limit of width times height; 120 MB decoded."""
+"""Default limit of width times height; 120 MB decoded. Pixels of 16 bits count twice."""
+LARGE_PIXELS = 10_000_000
+"""Above this, pictures are decoded one at a time, so that a few small files cannot fill the memory together."""
+STRIP_PIXELS = 1 << 20
+"""Pixels that are converted at a time, so that what stands between costs little."""
+
+_large = threading.Lock()
 
 
 def decode_image(data: bytes, *, field: str = "image", max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -41,15 +52,16 @@ def decode_image(data: bytes, *, field: str = "image", max_pixels: int = MAX_PIX
     try:
         data = bytes(data)
         header = read_header(data)
-        if header.width * header.height > max_pixels:
+        count = header.width * header.height * header.depth // 8
+        if count > max_pixels:
+            size = f"{header.width}x{header.height} pixels" + " of 16 bits, which count twice" * (header.depth > 8)
             raise ImageFormatError(
-                "IMAGE_TOO_LARGE",
-                f"has {header.width}x{header.height} pixels, expected at most {max_pixels} in all; scale it down",
+                "IMAGE_TOO_LARGE", f"has {size}, expected at most {max_pixels} in all; scale it down"
             )
-        pixels = _decode(data, header)
+        with _large if count > LARGE_PIXELS else contextlib.nullcontext():
+            return np.ascontiguousarray(_ORIENTATIONS[header.orientation](_decode(data, header)))
     except ImageFormatError as error:
         raise InvalidInput(field, error.description, reason=error.reason) from error
-    return np.ascontiguousarray(_ORIENTATIONS[header.orientation](pixels))
 
 
 def _decode(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
@@ -62,7 +74,15 @@ def _decode(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
         raise ImageFormatError("IMAGE_CORRUPT", f"is a damaged {header.format}; send the original file") from error
     if pixels is None or pixels.size == 0:
         raise ImageFormatError("IMAGE_CORRUPT", f"is a damaged or unusual {header.format}; save it again and send that")
-    return _to_rgb(_to_bytes(pixels))
+    height, width = pixels.shape[:2]
+    rows = max(1, STRIP_PIXELS // width)
+    if height <= rows:
+        return _to_rgb(_to_bytes(pixels))
+    in_place = pixels.dtype == np.uint8 and pixels.shape[2:] == (3,)
+    rgb = np.asarray(pixels, np.uint8) if in_place else np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        rgb[top : top + rows] = _to_rgb(_to_bytes(pixels[top : top + rows]))
+    return rgb
 
 
 def _to_bytes(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:

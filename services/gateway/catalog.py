@@ -12,7 +12,6 @@ import grpc
 import grpc.aio
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from inference import open_inference_grpc_pb2_grpc as oip_grpc
 from usagi.model.v1 import model_service_pb2_grpc as model_grpc
@@ -24,6 +23,8 @@ from services.gateway.descriptors import COMMON_SERVICES, REFLECTION, descriptor
 from services.gateway.domains import NOT_SERVING, SERVING, Domains
 from shared.errors import ConfigurationError
 from shared.services_table import ServicesTable
+from shared.serving.health import Health
+from shared.serving.options import channel_options
 
 OWN_SERVICES = ("usagi.model.v1.ModelService", "inference.GRPCInferenceService")
 """Answered by the catalog itself, so SERVING as long as it lives."""
@@ -40,7 +41,7 @@ class Catalog:
     def __init__(self, config: GatewayConfig, table: ServicesTable) -> None:
         self._config, self._table = config, table
         self._limit = table.gateway.max_message_bytes
-        self._health = health_aio.HealthServicer()
+        self._health = Health()
         self._domains: Domains | None = None
         self._server: grpc.aio.Server | None = None
 
@@ -53,7 +54,7 @@ class Catalog:
         self._domains = Domains(list(self._table.services), self._config.reachable_at, self._limit)
         server = self._server = grpc.aio.server(
             interceptors=[CatalogInterceptor(self._domains.names)],
-            options=[("grpc.max_receive_message_length", self._limit), ("grpc.so_reuseport", 0)],
+            options=channel_options(self._limit),
         )
         model_grpc.add_ModelServiceServicer_to_server(MergedModelServicer(self._domains), server)
         inference: Any = CatalogInferenceServicer  # some of its methods are set by name, which mypy cannot see

@@ -5,22 +5,16 @@ The services' own interceptor also counts and batches, and so brings ONNX Runtim
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
-from grpc_status import rpc_status
 
 from services.gateway.routes import SERVICE_HEADER
 from shared.errors import InvalidInput, NotSupported, UsagiError
-from shared.serving.status import to_status
+from shared.serving.guarded import aborting, guard_handler
 
-log = logging.getLogger(__name__)
-
-REQUEST_ID = "x-request-id"
 DETAILS = "grpc-status-details-bin"
 SERVICE = "gateway"
 
@@ -48,7 +42,7 @@ class CatalogInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             method = handler_call_details.method
             return _refusing(NotSupported(f"there is no method {method}; gRPC reflection lists those that there are"))
-        return _wrap(handler) if handler.unary_unary else handler
+        return guard_handler(handler, _abort)
 
 
 def unknown_domain(named: str, domains: Sequence[str]) -> InvalidInput:
@@ -58,41 +52,23 @@ def unknown_domain(named: str, domains: Sequence[str]) -> InvalidInput:
     )
 
 
-def request_id(context: Any) -> str:
-    """The id that the gateway gave the call."""
-    return str(dict(context.invocation_metadata() or ()).get(REQUEST_ID, ""))
-
-
-def _wrap(handler: Handler) -> Handler:
-    async def call(request: Any, context: Any) -> Any:
-        try:
-            return await handler.unary_unary(request, context)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except grpc.aio.AioRpcError as error:
-            await _pass_on(error, context)
-        except Exception as error:  # whatever it is, the caller gets a status
-            if not isinstance(error, UsagiError):
-                log.exception("unexpected error")
-            await abort_with(error, context)
-
-    return grpc.unary_unary_rpc_method_handler(call, handler.request_deserializer, handler.response_serializer)
-
-
 def _refusing(error: UsagiError) -> Handler:
     """A handler that fits every method, since it reads no request."""
 
     async def refuse(requests: Any, context: Any) -> None:
-        await abort_with(error, context)
+        await _abort(error, context)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-async def abort_with(error: Exception, context: Any) -> NoReturn:
-    """Ends a call with the rich status of an error."""
-    rich = rpc_status.to_status(to_status(error, SERVICE, request_id(context)))
-    await context.abort(rich.code, rich.details, trailing_metadata=rich.trailing_metadata)
-    raise AssertionError("abort always raises")
+_abort_with = aborting(SERVICE)
+
+
+async def _abort(error: Exception, context: Any) -> NoReturn:
+    """As a service does; what a domain said is passed on."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        await _pass_on(error, context)
+    await _abort_with(error, context)
 
 
 async def _pass_on(error: grpc.aio.AioRpcError, context: Any) -> NoReturn:

@@ -13,10 +13,11 @@ from inference import open_inference_grpc_pb2_grpc as oip_grpc
 from usagi.model.v1 import model_service_pb2 as pb
 from usagi.model.v1 import model_service_pb2_grpc as pb_grpc
 
-from services.gateway.catalog_interceptor import REQUEST_ID, abort_with, request_id
 from services.gateway.domains import Domains
 from services.gateway.routes import SERVICE_HEADER
 from shared.errors import InvalidInput, ModelNotFound, Unreachable
+from shared.serving.calls import REQUEST_ID
+from shared.serving.guarded import request_id_of
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
@@ -93,7 +94,7 @@ class CatalogInferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
 
     async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[oip.ModelStreamInferResponse]:
         """Refuses: the domain is missing."""
-        await abort_with(_needs_domain(self._domains), context)
+        raise _needs_domain(self._domains)
         yield oip.ModelStreamInferResponse()  # never reached: it makes this the stream that gRPC expects
 
     async def ModelReady(self, request: oip.ModelReadyRequest, context: Any) -> oip.ModelReadyResponse:
@@ -142,7 +143,8 @@ def _say_which(names: Any) -> str:
 
 
 def _metadata(context: Any) -> tuple[tuple[str, str], ...]:
-    return ((REQUEST_ID, request_id(context)),) if request_id(context) else ()
+    found = request_id_of(context)
+    return ((REQUEST_ID, found),) if found else ()
 
 
 Key = tuple[str, str, int]

@@ -63,6 +63,13 @@ def refusals(max_message_bytes: int) -> tuple[Refusal, ...]:
             status=403,
             http=403,
         ),
+        Refusal(  # by strict.lua
+            "UNIMPLEMENTED",
+            "COMPRESSION_NOT_SUPPORTED",
+            "compressed messages are not taken, since no limit holds for what they become; send them uncompressed",
+            status=415,
+            http=415,
+        ),
         Refusal(
             "DEADLINE_EXCEEDED",
             "DEADLINE_PASSED",

@@ -1,5 +1,6 @@
 -- Runs inside Envoy, for what its own filters leave undone:
 --   * a JSON body with a field that the method's message does not have is refused; the transcoder would drop the field
+--   * a compressed gRPC message is refused: no limit holds for what it becomes (ADR 7)
 --   * a service's bare "message larger than max" gets the details that the gateway's own refusal has; which of the two
 --     sees the size first is a race
 -- Only JSON bodies are read. Broken JSON passes, since the transcoder says better what is wrong with it.
@@ -82,6 +83,11 @@ end
 
 function envoy_on_request(handle)
   local headers = handle:headers()
+  local encoding = headers:get("grpc-encoding")
+  if encoding and encoding ~= "identity" then
+    handle:respond({ [":status"] = "415", ["grpc-accept-encoding"] = "identity" }, "")
+    return
+  end
   local kind = headers:get("content-type")
   if kind and string.find(kind, "application/grpc", 1, true) == 1 then return end
   local message = METHODS[string.match(headers:get(":path") or "", "^[^?]*")]

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 import grpc.aio
 
 from shared.serving.handlers import CallHandlers
+from shared.serving.options import channel_options
 
 FRONTS = ("native", "grpcio")
 
@@ -59,16 +60,3 @@ class GrpcioFront:
     async def stop(self, grace: float) -> None:
         """See Front."""
         await self._server.stop(grace)
-
-
-def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
-    """gRPC's options of every grpcio server of ours."""
-    return [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.so_reuseport", 0),  # two servers on one port would share it silently
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.max_connection_age_ms", 5 * 60_000),  # so that new replicas get their share
-        ("grpc.max_connection_age_grace_ms", 60_000),
-    ]

@@ -16,9 +16,10 @@ import grpc
 import grpc.aio
 from grpc_status import rpc_status
 
-from shared.errors import InvalidInput, NotSupported, Unreachable, UsagiError
+from shared.errors import NotSupported, Unreachable, UsagiError
 from shared.serving.batching import Batcher
 from shared.serving.calls import REQUEST_ID
+from shared.serving.guarded import aborting, guard_handler, parse_message
 from shared.serving.status import to_status, trailers_of
 from shared.serving.telemetry import MethodObserver, Telemetry
 from shared.serving.traffic import ShadowDropped, traffic
@@ -26,7 +27,7 @@ from shared.serving.traffic import ShadowDropped, traffic
 log = logging.getLogger(__name__)
 
 QUIET = ("/grpc.health.", "/grpc.reflection.")
-"""Methods whose calls are neither logged nor counted."""
+"""Methods whose calls are neither logged nor counted; gRPC's own servicers answer them."""
 
 CONTROL = (
     "/usagi.model.",
@@ -68,7 +69,7 @@ class CallHandlers(grpc.GenericRpcHandler):
         for name, handler in method_handlers.items():
             method = f"/{service_name}/{name}"
             if method.startswith(QUIET):
-                self._handlers[method] = handler
+                self._handlers[method] = guard_handler(handler, aborting(self._telemetry.service))
                 continue
             observer = self._observers[method] = self._telemetry.method(method)
             self._handlers[method] = wrap_handler(handler, observer)
@@ -208,20 +209,6 @@ class CallRecord:
 def _parse(request: bytes, deserialize: Callable[[bytes], Any] | None, observer: MethodObserver) -> Any:
     observer.received(len(request))
     return request if deserialize is None else parse_message(request, deserialize)
-
-
-def parse_message(message: bytes, deserialize: Callable[[bytes], Any]) -> Any:
-    """The message that the bytes are.
-
-    Raises:
-        InvalidInput: they are none.
-    """
-    try:
-        return deserialize(message)
-    except Exception as error:
-        raise InvalidInput(
-            "request", "the bytes are not a message of this method; check that client and server use the same protos"
-        ) from error
 
 
 async def _parse_stream(

@@ -21,7 +21,7 @@ from shared.serving.admin import require_admin
 from shared.serving.batching import BatchResult
 from shared.serving.calls import deadline_of
 from shared.serving.engine import Engine
-from shared.serving.handlers import parse_message
+from shared.serving.guarded import parse_message
 from shared.serving.inference_reports import PLATFORM, answers, index_entry, model_config, model_statistics
 from shared.serving.inference_requests import deadline_within, graph_failure, read_query, to_response, variant_of
 from shared.serving.repository import ServedVariant

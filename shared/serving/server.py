@@ -18,7 +18,6 @@ from typing import Any
 import grpc
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from inference import open_inference_grpc_pb2_grpc as inference_grpc
 from usagi.model.v1 import model_service_pb2_grpc as model_grpc
@@ -30,6 +29,7 @@ from shared.serving.direct_calls import DirectInfer
 from shared.serving.engine import Engine
 from shared.serving.front import Front, make_front
 from shared.serving.handlers import CallHandlers
+from shared.serving.health import Health
 from shared.serving.model_service import ModelServicer
 from shared.serving.open_inference import OpenInferenceServicer
 
@@ -39,29 +39,6 @@ MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 COMMON_SERVICES = ("usagi.model.v1.ModelService", "inference.GRPCInferenceService")
 Register = Callable[[Engine, Any], Sequence[str]]
 """Adds a domain's own servicers to a server (or what stands in for it) and returns their full names."""
-
-
-class Health(health_aio.HealthServicer):  # type: ignore[misc]
-    """grpc.health.v1, whose Watch streams can be ended: gRPC's own would hold a stopping server for its whole grace."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._watches: set[asyncio.Task[Any]] = set()
-
-    async def Watch(self, request: Any, context: Any) -> None:
-        """Tells every change of a service's status until the caller leaves or the server stops."""
-        watch = asyncio.ensure_future(super().Watch(request, context))
-        self._watches.add(watch)
-        try:
-            await asyncio.wait({watch})
-        finally:
-            self._watches.discard(watch)
-            watch.cancel()
-
-    def end_watches(self) -> None:
-        """Ends all Watch streams with OK; their callers have seen NOT_SERVING."""
-        for watch in self._watches:
-            watch.cancel()
 
 
 class ModelServer:

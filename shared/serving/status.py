@@ -2,6 +2,9 @@
 
 ErrorInfo is always there; BadRequest, ResourceInfo, RetryInfo where they apply. What is not a UsagiError becomes
 INTERNAL without any of its text: the log has the traceback, the caller gets the request id.
+
+A status travels in headers, of which most gRPC clients take 8 KB and Envoy 60 KB, and what a caller sent stands in it
+more than once, so long texts lose their middle.
 """
 
 from __future__ import annotations
@@ -14,6 +17,10 @@ from shared.errors import DOMAIN, InvalidInput, ModelNotFound, Overloaded, Usagi
 
 INTERNAL_MESSAGE = "internal error; the server's log has the details under this request id"
 PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
+MAX_MESSAGE_BYTES = 800
+"""Of UTF-8; percent-encoding may make three of each, and the details carry the message once more, as base64."""
+MAX_VALUE_BYTES = 256
+"""Of UTF-8, of each value in the details."""
 
 
 def to_status(error: BaseException, service: str, request_id: str = "") -> status_pb2.Status:
@@ -25,7 +32,7 @@ def to_status(error: BaseException, service: str, request_id: str = "") -> statu
         request_id: joins the answer with the log.
     """
     known = error if isinstance(error, UsagiError) else None
-    metadata = dict(known.metadata) if known else {}
+    metadata = {key: shortened(value, MAX_VALUE_BYTES) for key, value in known.metadata.items()} if known else {}
     if request_id:
         metadata["request_id"] = request_id
     details: list[Message] = [
@@ -34,19 +41,37 @@ def to_status(error: BaseException, service: str, request_id: str = "") -> statu
         )
     ]
     if isinstance(error, InvalidInput):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=shortened(error.field, MAX_VALUE_BYTES), description=shortened(error.description, MAX_MESSAGE_BYTES)
+        )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, ModelNotFound):
-        details.append(error_details_pb2.ResourceInfo(resource_type=error.field, resource_name=error.name))
+        details.append(
+            error_details_pb2.ResourceInfo(
+                resource_type=error.field, resource_name=shortened(error.name, MAX_VALUE_BYTES)
+            )
+        )
     if isinstance(error, Overloaded):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return status_pb2.Status(
         code=code_pb2.Code.Value(known.code) if known else code_pb2.INTERNAL,
-        message=known.message if known else INTERNAL_MESSAGE,
+        message=shortened(known.message, MAX_MESSAGE_BYTES) if known else INTERNAL_MESSAGE,
         details=[_pack(detail) for detail in details],
     )
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or its beginning and end where it has more than `most` bytes as UTF-8."""
+    if len(text) <= most // 4:  # the common case: no character has more than four bytes
+        return text
+    data = text.encode("utf-8", "replace")
+    if len(data) <= most:
+        return text
+    half = (most - 32) // 2
+    head, tail = data[:half].decode("utf-8", "ignore"), data[-half:].decode("utf-8", "ignore")
+    return f"{head} ({len(data) - 2 * half} bytes left out) {tail}"
 
 
 def _pack(message: Message) -> any_pb2.Any:

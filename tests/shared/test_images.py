@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -286,3 +288,69 @@ def test_colour_profile_that_libpng_would_complain_about(capfd):
 
     np.testing.assert_array_equal(decoded, picture())
     assert capfd.readouterr().err == ""
+
+
+def memory_of_decoding(data: bytes) -> tuple[int, str]:
+    """Bytes that a process of its own grows by at most while it decodes, and how that ended."""
+    script = """
+import resource, sys
+from shared.errors import InvalidInput
+from shared.images import decode_image
+data = sys.stdin.buffer.read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    outcome = str(decode_image(data).shape)
+except InvalidInput as error:
+    outcome = error.reason
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, outcome)
+"""
+    done = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True, check=True)
+    grown, _, outcome = done.stdout.decode().strip().partition(" ")
+    return int(grown), outcome
+
+
+def black_png(width: int, height: int, depth: int, colour: int, extra: bytes = b"") -> bytes:
+    """Few bytes that inflate to a large picture; `extra` chunks stand behind the pixels."""
+    row = b"\0" + bytes(width * depth * {2: 3, 6: 4}[colour] // 8)
+    packer = zlib.compressobj(9)
+    pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + extra + chunk(b"IEND", b"")
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize(("side", "depth"), [(5_000, 8), (3_500, 16)])
+def test_a_small_file_of_a_large_picture_costs_little_more_than_its_pixels(side, depth):
+    """RGBA as OpenCV decodes it, then RGB; the rest is OpenCV's own, and a strip of what stands between."""
+    data = black_png(side, side, depth, 6)
+    assert len(data) < 200_000
+    grown, outcome = memory_of_decoding(data)
+    assert outcome == f"({side}, {side}, 3)"
+    assert grown < side * side * (4 * depth // 8 + 3) + 90e6
+
+
+def test_sixteen_bits_count_twice():
+    error = refused(black_png(100, 60, 16, 6), max_pixels=10_000)
+    assert (error.reason, "of 16 bits" in error.description) == ("IMAGE_TOO_LARGE", True)
+    assert decode_image(black_png(100, 60, 8, 6), max_pixels=10_000).shape == (60, 100, 3)
+
+
+def test_a_second_header_does_not_hide_the_first():
+    """libpng notices it only after it has decoded all pixels of the first."""
+    small = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+    assert refused(black_png(200, 200, 8, 2, small), max_pixels=1_000).reason == "IMAGE_CORRUPT"
+    whole = black_png(2, 2, 8, 2)
+    assert refused(whole[:8] + chunk(b"tEXt", b"a\0b") + whole[8:]).reason == "IMAGE_CORRUPT"
+
+
+def test_a_second_webp_canvas_does_not_hide_the_first():
+    data = save(Image.fromarray(picture(4, 64, 64)), "WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
+    assert data[12:16] == b"VP8X"
+    small = b"VP8X" + struct.pack("<I", 10) + bytes(10)  # a canvas of 1 x 1
+    for place in (30, len(data)):  # after the first VP8X, and at the end
+        forged = data[:place] + small + data[place:]
+        forged = b"RIFF" + struct.pack("<I", len(forged) - 8) + forged[8:]
+        assert refused(forged, max_pixels=1_000).reason == "IMAGE_TOO_LARGE"

@@ -248,3 +248,19 @@ def test_catalog_answers_for_the_server(channel):
     server = oip_grpc.GRPCInferenceServiceStub(channel)
     assert server.ServerLive(oip.ServerLiveRequest()).live
     assert server.ServerReady(oip.ServerReadyRequest()).ready
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_compressed_messages(channel, gateway, encoding):
+    """A megabyte of gzip becomes a gigabyte in the service before anybody can count it."""
+    compression = {"gzip": grpc.Compression.Gzip, "deflate": grpc.Compression.Deflate}[encoding]
+    request = pb.ClassifyImageRequest(image=bytes(1_000))
+    with pytest.raises(grpc.RpcError) as caught:
+        pb_grpc.VisionServiceStub(channel).ClassifyImage(request, timeout=5, compression=compression)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert error_of(caught).reason == "COMPRESSION_NOT_SUPPORTED"
+    status, headers, _ = call_web(gateway.port, CLASSIFY, request, **{"grpc-encoding": encoding})
+    assert (status, headers["grpc-status"]) == (200, "12")
+    assert "uncompressed" in web_status(headers).message
+    status, headers, _ = call_web(gateway.port, CLASSIFY, request, **{"grpc-encoding": "identity"})
+    assert headers.get("grpc-status", "0") == "0"
