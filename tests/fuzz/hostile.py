@@ -131,7 +131,7 @@ BROKEN = {
 MORE_MEMORY = {"native": 500e6}
 """The native front inflates before it counts (ADR 7), so there the bomb may cost what it says."""
 LITTLE_MEMORY = 200e6
-HANGS = {("grpcio", "cut message"), ("grpcio", "cut length"), ("grpcio", "nothing")}
+HANGS = {("grpcio", "cut message"), ("grpcio", "cut length"), ("grpcio", "nothing"), ("grpcio", "unknown flag")}
 """grpc.aio waits for the rest of a unary call's message for as long as the caller's deadline, and these have none."""
 
 
@@ -227,14 +227,16 @@ def test_garbage_instead_of_http2(attacked):
     ends = Counter()
     for garbage in (b"\0" * 100, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 2_000, b"\x16\x03\x01" + bytes(500)):
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as raw:
-            raw.sendall(garbage)
-            raw.shutdown(socket.SHUT_WR)
             try:
+                raw.sendall(garbage)
+                raw.shutdown(socket.SHUT_WR)
                 while raw.recv(65_536):
                     pass
                 ends["closed"] += 1
-            except ConnectionError:
+            except TimeoutError:
+                ends["hangs"] += 1
+            except OSError:  # it was reset before all was sent
                 ends["reset"] += 1
-    assert sum(ends.values()) == 3
+    assert ends["hangs"] == 0
     with grpc.insecure_channel(target) as channel:
         check_answers(channel)
