@@ -54,7 +54,7 @@ class Catalog:
         self._domains = Domains(list(self._table.services), self._config.reachable_at, self._limit)
         server = self._server = grpc.aio.server(
             interceptors=[CatalogInterceptor(self._domains.names)],
-            options=channel_options(self._limit),
+            options=channel_options(self._limit, connections_age=False),
         )
         model_grpc.add_ModelServiceServicer_to_server(MergedModelServicer(self._domains), server)
         inference: Any = CatalogInferenceServicer  # some of its methods are set by name, which mypy cannot see

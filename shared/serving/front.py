@@ -45,8 +45,8 @@ def make_front(name: str, handlers: CallHandlers, max_message_bytes: int) -> Fro
 class GrpcioFront:
     """grpc.aio."""
 
-    def __init__(self, handlers: CallHandlers, max_message_bytes: int) -> None:
-        self._server = grpc.aio.server(options=channel_options(max_message_bytes))
+    def __init__(self, handlers: CallHandlers, max_message_bytes: int, *, connections_age: bool = True) -> None:
+        self._server = grpc.aio.server(options=channel_options(max_message_bytes, connections_age=connections_age))
         self._server.add_generic_rpc_handlers((handlers,))
 
     def listen(self, address: str) -> int:

@@ -65,7 +65,7 @@ class NativeFront:
         self._calls: dict[int, NativeContext] = {}
         self._stopping = False
         self._front: NativeGrpcFront | None = None
-        self._fallback = GrpcioFront(handlers, max_message_bytes)
+        self._fallback = GrpcioFront(handlers, max_message_bytes, connections_age=False)
 
     def listen(self, address: str) -> int:
         """See Front."""

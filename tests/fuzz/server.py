@@ -99,7 +99,7 @@ class FuzzedServer:
 
 @contextlib.contextmanager
 def fuzzed_server(
-    folder: Path, front: str = "native", *, leak: int = 0, log_level: str = "INFO"
+    folder: Path, front: str = "native", *, leak: int = 0, log_level: str = "INFO", roots: tuple[Path, ...] = ()
 ) -> Iterator[FuzzedServer]:
     """Runs the server until the block ends.
 
@@ -108,13 +108,14 @@ def fuzzed_server(
         front: what takes the calls; see shared/serving/front.py.
         leak: bytes that every call loses.
         log_level: INFO logs every call.
+        roots: more model roots, behind the folder's own.
     """
     publish_models(folder / "models")
     (port,) = free_ports(1)
     environment = {
         "USAGI_PORT": port,
         "USAGI_METRICS_PORT": 0,
-        "USAGI_MODEL_ROOTS": folder / "models",
+        "USAGI_MODEL_ROOTS": ":".join(map(str, (folder / "models", *roots))),
         "USAGI_FRONT": front,
         "USAGI_DEFAULT_CLASSIFIER": CLASSIFIER,
         "USAGI_LOG_LEVEL": log_level,

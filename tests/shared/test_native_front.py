@@ -2,9 +2,12 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 
 import grpc
+import h2.connection
+import h2.events
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -12,6 +15,7 @@ from inference import open_inference_grpc_pb2 as pb
 from inference import open_inference_grpc_pb2_grpc as pb_grpc
 
 from shared.errors import InvalidInput
+from shared.serving import options
 from shared.serving.front import FRONTS, make_front
 from shared.serving.handlers import CallHandlers
 from shared.serving.telemetry import Telemetry
@@ -187,3 +191,33 @@ def test_live_with_no_handler_registered_natively():
 
     for front in FRONTS:
         assert asyncio.run(main(front)) is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_the_server_behind_the_native_front_keeps_its_connection(monkeypatch):
+    """When it ended every 5 minutes, streams that were just sent were lost with UNAVAILABLE."""
+    monkeypatch.setattr(options, "CONNECTION_AGE_MS", 100)
+    handlers = CallHandlers(Telemetry("test"))
+
+    async def goodbyes(made):
+        """How often the server behind says that the connection ends, within half a second."""
+        await made.start()
+        client = h2.connection.H2Connection()
+        client.initiate_connection()
+        reader, writer = await asyncio.open_unix_connection(f"{made._folder}/fallback.sock")
+        writer.write(client.data_to_send())
+        events = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                while data := await reader.read(65_536):
+                    events += client.receive_data(data)
+        writer.close()
+        await made.stop(0.1)
+        assert any(isinstance(event, h2.events.RemoteSettingsChanged) for event in events), "it is an HTTP/2 server"
+        return sum(isinstance(event, h2.events.ConnectionTerminated) for event in events)
+
+    async def main():
+        made = make_front("native", handlers, LIMIT)
+        made.listen("127.0.0.1:0")
+        return await goodbyes(made)
+
+    assert asyncio.run(main()) == 0

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,23 +28,26 @@ def free_ports(count):
 @contextlib.contextmanager
 def process(*arguments, **environment):
     """A Python process that ends with the block; SIGKILL if SIGTERM does not do."""
+    output = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that nobody reads fills up, and then Envoy stands still
     started = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, **{key: str(value) for key, value in environment.items()}},
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
     )
+    started.output = output
     try:
         yield started
     finally:
         if started.poll() is None:
             started.send_signal(signal.SIGTERM)
         try:
-            started.communicate(timeout=10)
+            started.wait(timeout=10)
         except subprocess.TimeoutExpired:
             started.kill()
-            started.communicate()
+            started.wait()
+        output.close()
 
 
 def stub(port):

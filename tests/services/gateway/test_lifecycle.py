@@ -123,7 +123,9 @@ def test_one_line_says_ready_and_nothing_warns():
         with urllib.request.urlopen(f"http://127.0.0.1:{gateway.metrics_port}/metrics", timeout=5) as response:
             assert b"envoy_cluster_membership_healthy" in response.read()
         gateway.process.send_signal(signal.SIGTERM)
-        output, _ = gateway.process.communicate(timeout=10)
+        gateway.process.wait(timeout=10)
+        gateway.process.output.seek(0)
+        output = gateway.process.output.read()
     lines = [json.loads(line) for line in output.decode().splitlines()]
     assert [line["message"] for line in lines if line.get("level") == "INFO"] == ["ready", "draining", "stopped"]
     assert [line["message"] for line in lines if line.get("level") in {"warning", "error", "WARNING", "ERROR"}] == [
