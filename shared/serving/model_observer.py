@@ -11,6 +11,7 @@ from prometheus_client import Counter, Histogram
 
 from shared.serving.batching import BatchObserver, BatchReport, BatchTimes
 from shared.serving.calls import CallScope, current_call
+from shared.serving.fast_metrics import observer_of
 from shared.serving.statistics import ModelStatistics
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Stage:
         self._name = name
         self._attributes = attributes(labels)
         self._child = child
-        self._methods: dict[str, Histogram] = {}
+        self._methods: dict[str, Callable[[float], None]] = {}
 
     def observe(self, seconds: float) -> None:
         """The stage of the current call ended just now."""
@@ -44,10 +45,10 @@ class Stage:
     def count(self, call: CallScope | None, seconds: float) -> None:
         """The metric alone; without a call, as in a test of the engine, the label `method` is empty."""
         method = "" if call is None else call.method
-        histogram = self._methods.get(method)
-        if histogram is None:
-            histogram = self._methods[method] = self._child(method)
-        histogram.observe(seconds)
+        observe = self._methods.get(method)
+        if observe is None:
+            observe = self._methods[method] = observer_of(self._child(method))
+        observe(seconds)
 
 
 class ModelObserver(BatchObserver):
@@ -80,7 +81,7 @@ class ModelObserver(BatchObserver):
         self._tracing = tracing
         self._attributes = attributes(labels)
         self._names = dict(zip(("model", "version", "variant"), labels, strict=True))
-        self._batch_size, self._batch_seconds = batch_size, batch_seconds
+        self._batch_size, self._batch_seconds = observer_of(batch_size), observer_of(batch_seconds)
         self._rejected, self._dropped = rejected, dropped
         self.statistics = statistics
 
@@ -114,8 +115,8 @@ class ModelObserver(BatchObserver):
 
     def ran(self, report: BatchReport) -> None:
         """Counts a batch and its items, and makes their spans."""
-        self._batch_size.observe(report.rows)
-        self._batch_seconds.observe(report.seconds)
+        self._batch_size(report.rows)
+        self._batch_seconds(report.seconds)
         answered_by = {**self._names, "batch": report.rows}
         for call, enqueued in zip(report.calls, report.enqueued, strict=True):
             self._queue.count(call, report.started - enqueued)

@@ -16,6 +16,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from shared.serving.calls import CallScope, CallSpan, Metadata, TraceParent
+from shared.serving.fast_metrics import adder_of, observer_of
 from shared.serving.model_observer import STAGES, ModelObserver, Stage
 from shared.serving.statistics import ModelStatistics
 
@@ -212,16 +213,16 @@ class MethodObserver:
         self.service, self.method = telemetry.service, method
         labels = (telemetry.service, method)
         self._tracing = telemetry.tracing
-        self._inflight = telemetry.inflight.labels(telemetry.service)
-        self._seconds = telemetry.request_seconds.labels(*labels)
+        self._inflight = adder_of(telemetry.inflight.labels(telemetry.service))
+        self._seconds = observer_of(telemetry.request_seconds.labels(*labels))
         self._requests = telemetry.requests
-        self._counters: dict[str, Counter] = {}
-        self.received = telemetry.request_bytes.labels(*labels).observe
-        self.sent = telemetry.response_bytes.labels(*labels).observe
+        self._counters: dict[str, Callable[[float], None]] = {}
+        self.received = observer_of(telemetry.request_bytes.labels(*labels))
+        self.sent = observer_of(telemetry.response_bytes.labels(*labels))
 
     def begin(self, metadata: Metadata) -> CallScope:
         """A call arrived; `metadata` is what came with it."""
-        self._inflight.inc()
+        self._inflight(1)
         return CallScope(self, metadata)
 
     def start_span(self, parent: TraceParent | None, request_id: str) -> CallSpan | None:
@@ -230,11 +231,11 @@ class MethodObserver:
 
     def ended(self, code: str, seconds: float, *, counted: bool = True) -> None:
         """A call was answered; copies of calls are not counted here."""
-        self._inflight.dec()
+        self._inflight(-1)
         if not counted:
             return
         counter = self._counters.get(code)
         if counter is None:
-            counter = self._counters[code] = self._requests.labels(self.service, self.method, code)
-        counter.inc()
-        self._seconds.observe(seconds)
+            counter = self._counters[code] = adder_of(self._requests.labels(self.service, self.method, code))
+        counter(1)
+        self._seconds(seconds)

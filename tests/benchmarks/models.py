@@ -157,5 +157,5 @@ class BenchModel:
 MODELS = {
     "tiny": BenchModel("tiny", mlp, (4,), 2, 64),
     "small": BenchModel("small", mobilenet_v2, (3, 96, 96), 1000, 8),
-    "medium": BenchModel("medium", resnet18, (3, 224, 224), 1000, 2),
+    "medium": BenchModel("medium", resnet18, (3, 224, 224), 1000, 4),
 }
