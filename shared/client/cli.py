@@ -126,7 +126,7 @@ def _models(options: argparse.Namespace) -> int:
         state = pb.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower()
         name = f"{model.service}/{model.name}:{model.version}"
         if not model.variants:
-            table.add_row(name, "", "", "", "", f"{state}: {model.reason}")
+            table.add_row(name, "", "", "", "", f"{state}: {model.reason}" if model.reason else state)
         for row, variant in enumerate(model.variants):
             table.add_row(
                 name if row == 0 else "",

@@ -36,12 +36,16 @@ class BatchLimits:
 
 
 class BatchResult(NamedTuple):
-    """The outputs of one request, views into the batch's arrays, and how they came about."""
+    """The outputs of one request, views into the batch's arrays, and how they came about.
+
+    `exit_steps`: of a pipeline, the last step of each item.
+    """
 
     outputs: dict[str, Array]
     batch_size: int
     queue_seconds: float
     infer_seconds: float
+    exit_steps: tuple[str, ...] = ()
 
 
 class BatchReport(NamedTuple):

@@ -13,6 +13,7 @@ import random
 import re
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from shared.logs import request_id, trace_id
@@ -23,7 +24,9 @@ access_log = logging.getLogger("usagi.access")
 REQUEST_ID = "x-request-id"
 TRACE_PARENT = "traceparent"
 TRACE_STATE = "tracestate"
-_READ = frozenset((REQUEST_ID, TRACE_PARENT, TRACE_STATE, VERSIONS_HEADER, SHADOW_HEADER))
+PIPELINES_HEADER = "usagi-pipelines"
+"""The pipelines that a call came through; see shared/serving/pipelines."""
+_READ = frozenset((REQUEST_ID, TRACE_PARENT, TRACE_STATE, VERSIONS_HEADER, SHADOW_HEADER, PIPELINES_HEADER))
 MAX_ID = 128
 _TRACE_PARENT = re.compile(r"([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
@@ -67,6 +70,9 @@ class CallSpan(Protocol):
     def stage(self, name: str, started: float, seconds: float, attributes: dict[str, Any], batch: Any = None) -> None:
         """Adds a finished child; `started` is a time.perf_counter(), `batch` the span of the batch that it ran in."""
 
+    def step(self, name: str, attributes: dict[str, Any]) -> AbstractContextManager[None]:
+        """A child around a part of the call that asks others: what they are sent continues from here."""
+
     def end(self, code: str, message: str) -> None:
         """Ends the span with the call's gRPC code."""
 
@@ -92,12 +98,13 @@ class CallScope:
         request_id: the caller's or the gateway's, or a new one.
         shadow: the call is a copy whose answer nobody reads (shared/serving/traffic.py).
         span: set while the call is traced.
+        headers: those that have a meaning here, as they came.
         started: time.perf_counter() of its arrival.
         answered_by: fields of the access log that the engine adds: model, version, variant, batch.
     """
 
     __slots__ = (
-        *("_reports", "_routed", "_trace_id", "answered_by", "method"),
+        *("_reports", "_routed", "_trace_id", "answered_by", "headers", "method"),
         *("request_id", "shadow", "span", "started"),
     )
 
@@ -106,16 +113,16 @@ class CallScope:
         self._reports = reports
         self.method = reports.method
         self.answered_by: Mapping[str, Any] = _NOTHING
-        found = {str(key): value for key, value in metadata if key in _READ}
-        self.request_id = str(found.get(REQUEST_ID, ""))[:MAX_ID] or f"{_ids.getrandbits(128):032x}"
+        self.headers = found = {str(key): str(value) for key, value in metadata if key in _READ}
+        self.request_id = found.get(REQUEST_ID, "")[:MAX_ID] or f"{_ids.getrandbits(128):032x}"
         self.shadow = SHADOW_HEADER in found
         self._routed: Traffic | None = None
         for header in (VERSIONS_HEADER, SHADOW_HEADER):
             if header in found:
-                self._routed = parse_traffic(header, str(found[header]))
+                self._routed = parse_traffic(header, found[header])
         parent = None
         if TRACE_PARENT in found:
-            parent = TraceParent.parse(str(found[TRACE_PARENT]), str(found.get(TRACE_STATE, "")))
+            parent = TraceParent.parse(found[TRACE_PARENT], found.get(TRACE_STATE, ""))
         self.span = reports.start_span(parent, self.request_id)
         self._trace_id = self.span.trace_id if self.span else parent.trace_id if parent else ""
 

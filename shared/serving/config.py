@@ -24,6 +24,7 @@ class ServingConfig:
         model_memory_mb: what the sessions of all models together may hold, in MB of 10^6 bytes; 0 means no limit.
         threads: threads that run graphs; 0 means the CPU quota rounded up.
         intra_op_threads: ONNX Runtime threads of each run; 1 is best under load.
+        upstreams: where the steps of pipelines find other domains: `local` (on this machine) or `network` (by name).
         max_message_bytes: limit of one message, the same in client, gateway and services.
         drain_seconds: after SIGTERM, how long to answer as before while the gateway notices NOT_SERVING.
         grace_seconds: how long running calls may take after that.
@@ -42,6 +43,7 @@ class ServingConfig:
     model_memory_mb: int = 0
     threads: int = 0
     intra_op_threads: int = 1
+    upstreams: str = "local"
     max_message_bytes: int = 16 * 1024 * 1024
     drain_seconds: float = 0.0
     grace_seconds: float = 20.0
@@ -61,5 +63,7 @@ class ServingConfig:
             raise ValueError(f"USAGI_RESCAN_SECONDS={self.rescan_seconds} must be above 0")
         if self.front not in {"native", "grpcio"}:
             raise ValueError(f"USAGI_FRONT={self.front} is not native or grpcio")
+        if self.upstreams not in {"local", "network"}:
+            raise ValueError(f"USAGI_UPSTREAMS={self.upstreams} is not local or network")
         if self.log_level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
             raise ValueError(f"USAGI_LOG_LEVEL={self.log_level} is not DEBUG, INFO, WARNING or ERROR")

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,6 +15,9 @@ from shared.errors import DeadlinePassed
 from shared.serving.batching import ComputePool
 from shared.serving.config import ServingConfig
 from shared.serving.cpu import compute_threads
+from shared.serving.models import Models
+from shared.serving.pipelines.registry import PipelineRegistry
+from shared.serving.pipelines.upstreams import Upstreams, upstream_addresses
 from shared.serving.repository import ModelRepository, RepositoryOptions
 from shared.serving.session import OnnxSession, Session
 from shared.serving.telemetry import Telemetry
@@ -59,17 +62,26 @@ class Engine:
             open_session=open_session or functools.partial(OnnxSession, threads=config.intra_op_threads),
         )
         self.repository = ModelRepository(service, config.model_roots, self.pool, self.telemetry, options)
+        upstreams = Upstreams(upstream_addresses(config.upstreams), config.max_message_bytes)
+        self.pipelines = PipelineRegistry(
+            service, config.model_roots, self.repository, self.telemetry, upstreams, config.queue_size + 8 * workers
+        )
+        self.models = self.pipelines.caller.models = Models(self.repository, self.pipelines)
 
     async def start(self) -> None:
-        """Loads and warms every model's `auto` variant."""
+        """Loads and warms every model's `auto` variant, then checks the pipelines."""
         await self.repository.rescan()
+        await self.pipelines.rescan()
 
     async def watch(self) -> None:
         """Rescans the model roots for ever; what goes wrong is logged and tried again."""
+        await asyncio.gather(self._repeat(self.repository.rescan), self._repeat(self.pipelines.rescan))
+
+    async def _repeat(self, rescan: Callable[[], Awaitable[None]]) -> None:
         while True:
             await asyncio.sleep(self.config.rescan_seconds)
             try:
-                await self.repository.rescan()
+                await rescan()
             except Exception:
                 log.exception("rescan failed")
 

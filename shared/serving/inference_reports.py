@@ -8,12 +8,14 @@ from inference import model_config_pb2 as config_pb
 from inference import open_inference_grpc_pb2 as pb
 
 from shared.artifacts import Manifest, TensorSpec
+from shared.serving.pipelines.registry import PipelineVersion
 from shared.serving.repository import ModelVersion, State
 from shared.serving.statistics import ComputeDurations, Duration, ModelStatistics
 from shared.serving.tensors import datatype_of
 
 PLATFORM = "onnxruntime_onnx"
 BACKEND = "onnxruntime"
+ENSEMBLE = "ensemble"
 
 
 def answers(entry: ModelVersion) -> bool:
@@ -31,8 +33,15 @@ def index_entry(entry: ModelVersion) -> pb.RepositoryIndexResponse.ModelIndex:
     )
 
 
-def model_config(manifest: Manifest, threads: int) -> config_pb.ModelConfig:
+def platform_of(entry: ModelVersion) -> str:
+    """Triton's name for what runs the model."""
+    return ENSEMBLE if isinstance(entry, PipelineVersion) else PLATFORM
+
+
+def model_config(entry: ModelVersion, manifest: Manifest, threads: int) -> config_pb.ModelConfig:
     """A model's configuration in Triton's words, as far as it has a meaning here; `max_batch_size` 0: not batched."""
+    if isinstance(entry, PipelineVersion):
+        return _pipeline_config(entry, manifest)
     variant = manifest.variants[manifest.auto_variant()]
     batched = manifest.batchable
     config = config_pb.ModelConfig(
@@ -55,6 +64,25 @@ def model_config(manifest: Manifest, threads: int) -> config_pb.ModelConfig:
     config.model_transaction_policy.decoupled = False
     if batched:
         config.dynamic_batching.max_queue_delay_microseconds = 0
+    return config
+
+
+def _pipeline_config(entry: PipelineVersion, manifest: Manifest) -> config_pb.ModelConfig:
+    """A pipeline as an ensemble; conditions and alternatives have no place in one and are left out."""
+    config = config_pb.ModelConfig(name=manifest.name, platform=ENSEMBLE)
+    for spec in manifest.inputs:
+        config.input.add(name=spec.name, data_type=_data_type(spec), dims=spec.shape)
+    for spec in manifest.outputs:
+        config.output.add(name=spec.name, data_type=_data_type(spec), dims=spec.shape)
+    for step in entry.plan.steps if entry.plan else ():
+        definition = step.definition
+        config.ensemble_scheduling.step.add(
+            model_name=definition.model,
+            model_version=int(definition.version or -1),
+            model_namespace=definition.upstream,
+            input_map={name: planned.spec.name for name, planned in step.inputs.items()},
+            output_map={spec.name: f"{definition.name}.{spec.name}" for spec in step.model.outputs},
+        )
     return config
 
 

@@ -13,7 +13,7 @@ from inference import open_inference_grpc_pb2 as pb
 from shared.artifacts import Manifest, TensorSpec
 from shared.errors import InvalidInput, NotSupported
 from shared.serving.batching import BatchResult
-from shared.serving.repository import ServedVariant
+from shared.serving.served import Served
 from shared.serving.session import Array
 from shared.serving.tensors import datatype_of, decode_text, from_contents, from_raw, to_contents, to_raw
 
@@ -65,12 +65,14 @@ def read_query(request: pb.ModelInferRequest, manifest: Manifest) -> InferenceQu
 
 
 def to_response(
-    request: pb.ModelInferRequest, query: InferenceQuery, served: ServedVariant, result: BatchResult
+    request: pb.ModelInferRequest, query: InferenceQuery, served: Served, result: BatchResult
 ) -> pb.ModelInferResponse:
     """The answer: raw contents, unless the parameter `binary_data_output` is false."""
     response = pb.ModelInferResponse(model_name=request.model_name, model_version=served.version, id=request.id)
     response.parameters["variant"].string_param = served.variant
     response.parameters["batch_size"].int64_param = result.batch_size
+    if result.exit_steps:
+        response.parameters["exit_step"].string_param = ",".join(result.exit_steps)
     for wanted in query.outputs:
         array, datatype = result.outputs[wanted.spec.name], datatype_of(wanted.spec.dtype)
         if wanted.top_k:

@@ -13,6 +13,8 @@ from pathlib import Path
 from shared.artifacts import CARD_NAME, MANIFEST_NAME
 from shared.serving.model_config import CONFIG_NAME
 
+PIPELINE_NAME = "pipeline.toml"
+"""A version's folder with this file is a pipeline's; see shared/serving/pipelines."""
 Stamp = tuple[tuple[str, int, int, int], ...]
 """Name, time of change (ns), inode and size of some files: it differs when one of them was replaced."""
 
@@ -24,6 +26,11 @@ class FoundVersion:
     folder: Path
     published: Stamp
     files: Stamp
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether it holds no model, but a pipeline."""
+        return any(entry[0] == PIPELINE_NAME for entry in self.files)
 
 
 @dataclass
@@ -40,6 +47,7 @@ class Scan:
     """Everything found, and the folders that could not be looked into with the cause."""
 
     models: dict[str, FoundModel] = field(default_factory=dict)
+    pipelines: dict[str, FoundModel] = field(default_factory=dict)
     unreadable: dict[Path, str] = field(default_factory=dict)
 
     def cause_for(self, folder: Path) -> str:
@@ -59,10 +67,11 @@ def scan(roots: Iterable[Path], service: str) -> Scan:
                     model = found.models.setdefault(folder.name, FoundModel())
                     if model.config is None:
                         model.config, model.config_stamp = path, _stamp([path], found)
-                elif path.name.isascii() and path.name.isdigit() and path.is_dir():
-                    model = found.models.setdefault(folder.name, FoundModel())
-                    if int(path.name) not in model.versions and (version := _version(path, found)):
-                        model.versions[int(path.name)] = version
+                elif (
+                    path.name.isascii() and path.name.isdigit() and path.is_dir() and (version := _version(path, found))
+                ):
+                    kind = found.pipelines if version.is_pipeline else found.models
+                    kind.setdefault(folder.name, FoundModel()).versions.setdefault(int(path.name), version)
     return found
 
 
@@ -70,7 +79,7 @@ def _version(folder: Path, found: Scan) -> FoundVersion | None:
     files = _stamp((path for path in _entries(folder, found) if path.name != CARD_NAME), found)
     if found.cause_for(folder):
         return None
-    identity = tuple(entry for entry in files if entry[0] == MANIFEST_NAME)
+    identity = tuple(entry for entry in files if entry[0] in (MANIFEST_NAME, PIPELINE_NAME))
     return FoundVersion(folder, identity or files, files)
 
 

@@ -34,13 +34,13 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """One page of models."""
         page, token = paginate(
-            [to_message(entry, self._engine.service) for entry in self._engine.repository.versions()], request
+            [to_message(entry, self._engine.service) for entry in self._engine.models.versions()], request
         )
         return pb.ListModelsResponse(models=page, next_page_token=token)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """One model with its card."""
-        entry = self._engine.repository.find(_required(request.name), request.version)
+        entry = self._engine.models.find(_required(request.name), request.version)
         manifest = entry.manifest
         return pb.GetModelResponse(
             model=to_message(entry, self._engine.service),
@@ -51,13 +51,13 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> pb.LoadModelResponse:
         """Loads a model in this process."""
         require_admin(context)
-        entry = await self._engine.repository.load(_required(request.name), request.version, request.variant or AUTO)
+        entry = await self._engine.models.load(_required(request.name), request.version, request.variant or AUTO)
         return pb.LoadModelResponse(model=to_message(entry, self._engine.service), replica=self._engine.config.replica)
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:
         """Stops serving a model in this process."""
         require_admin(context)
-        self._engine.repository.unload(_required(request.name), request.version)
+        self._engine.models.unload(_required(request.name), request.version)
         return pb.UnloadModelResponse(replica=self._engine.config.replica)
 
 

@@ -22,9 +22,10 @@ from shared.serving.batching import BatchResult
 from shared.serving.calls import deadline_of
 from shared.serving.engine import Engine
 from shared.serving.guarded import parse_message
-from shared.serving.inference_reports import PLATFORM, answers, index_entry, model_config, model_statistics
+from shared.serving.inference_reports import answers, index_entry, model_config, model_statistics, platform_of
 from shared.serving.inference_requests import deadline_within, graph_failure, read_query, to_response, variant_of
 from shared.serving.repository import ServedVariant
+from shared.serving.served import Served
 from shared.serving.session import Array
 from shared.serving.status import to_status
 from shared.serving.streams import answer_in_order
@@ -78,7 +79,7 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         """Whether the model can answer."""
-        entry = self._engine.repository.find(_required(request.name, "name"), request.version)
+        entry = self._engine.models.find(_required(request.name, "name"), request.version)
         return pb.ModelReadyResponse(ready=answers(entry))
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
@@ -89,13 +90,13 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
         """Inputs and outputs of the model."""
-        entry = self._engine.repository.find(_required(request.name, "name"), request.version)
-        versions = [str(other.version) for other in self._engine.repository.versions() if other.name == entry.name]
+        entry = self._engine.models.find(_required(request.name, "name"), request.version)
+        versions = [str(other.version) for other in self._engine.models.versions() if other.name == entry.name]
         manifest = entry.manifest
         return pb.ModelMetadataResponse(
             name=entry.name,
             versions=versions,
-            platform=PLATFORM,
+            platform=platform_of(entry),
             inputs=[_metadata(spec) for spec in manifest.inputs] if manifest else [],
             outputs=[_metadata(spec) for spec in manifest.outputs] if manifest else [],
         )
@@ -145,7 +146,7 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             request = parse_message(message, pb.ModelInferRequest.FromString)
             return (await self._infer(request, deadline, message)).SerializeToString()
         plan = seen.plan
-        async with self._engine.repository.acquire(plan.model_name, plan.model_version, plan.variant) as served:
+        async with self._engine.models.acquire(plan.model_name, plan.model_version, plan.variant) as served:
             with served.batcher.admit():
                 if served.manifest is plan.manifest:
                     result = await _run(served, seen.feeds, deadline)
@@ -158,31 +159,31 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelInferResponse:
         name = _required(request.model_name, "model_name")
         deadline = deadline_within(request, deadline)
-        async with self._engine.repository.acquire(name, request.model_version, variant_of(request)) as served:
+        async with self._engine.models.acquire(name, request.model_version, variant_of(request)) as served:
             with served.batcher.admit():
                 return await self._infer_admitted(request, served, deadline, message)
 
     async def _infer_admitted(
-        self, request: pb.ModelInferRequest, served: ServedVariant, deadline: float, message: bytes
+        self, request: pb.ModelInferRequest, served: Served, deadline: float, message: bytes
     ) -> pb.ModelInferResponse:
         query = read_query(request, served.manifest)
-        if message:
+        if message and isinstance(served, ServedVariant):  # what a pipeline answers differs from item to item
             self.plans.learn(message, request, query, served.manifest)
         return to_response(request, query, served, await _run(served, query.feeds, deadline))
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
         """The model's configuration in Triton's words."""
-        entry = self._engine.repository.find(_required(request.name, "name"), request.version)
+        entry = self._engine.models.find(_required(request.name, "name"), request.version)
         if entry.manifest is None:
             raise ModelUnavailable(f"model {entry.name} version {entry.version} cannot be read: {entry.reason}")
-        return pb.ModelConfigResponse(config=model_config(entry.manifest, self._engine.pool.workers))
+        return pb.ModelConfigResponse(config=model_config(entry, entry.manifest, self._engine.pool.workers))
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
         """What the requests took, of one version, of all versions of a model, or of all models."""
-        repository, telemetry = self._engine.repository, self._engine.telemetry
-        entries = repository.versions()
+        models, telemetry = self._engine.models, self._engine.telemetry
+        entries = models.versions()
         if request.name:
-            found = repository.find(request.name, request.version)
+            found = models.find(request.name, request.version)
             entries = [found] if request.version else [entry for entry in entries if entry.name == request.name]
         return pb.ModelStatisticsResponse(
             model_stats=[
@@ -193,7 +194,7 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
         """Every version with its state, and the cause where it does not answer."""
         _only_repository(request.repository_name)
-        entries = self._engine.repository.versions()
+        entries = self._engine.models.versions()
         return pb.RepositoryIndexResponse(
             models=[index_entry(entry) for entry in entries if answers(entry) or not request.ready]
         )
@@ -208,7 +209,7 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             raise NotSupported("a configuration or files at load are not supported; publish them as a version")
         name = _required(request.model_name, "model_name")
         await self._engine.repository.rescan()
-        await self._engine.repository.load(name)
+        await self._engine.models.load(name)
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
@@ -217,11 +218,11 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         """Stops serving all versions of the model in this process."""
         require_admin(context)
         _only_repository(request.repository_name)
-        self._engine.repository.unload(_required(request.model_name, "model_name"))
+        self._engine.models.unload(_required(request.model_name, "model_name"))
         return pb.RepositoryModelUnloadResponse()
 
 
-async def _run(served: ServedVariant, feeds: dict[str, Array], deadline: float) -> BatchResult:
+async def _run(served: Served, feeds: dict[str, Array], deadline: float) -> BatchResult:
     try:
         return await served.batcher.submit(feeds, deadline)
     except Exception as error:

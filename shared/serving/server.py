@@ -95,7 +95,7 @@ class ModelServer:
         self._watcher = asyncio.create_task(self.engine.watch())
         self._ready = True
         await self._say(health_pb2.HealthCheckResponse.SERVING)
-        log.info("serving", extra={"port": self.port, "models": len(self.engine.repository.versions())})
+        log.info("serving", extra={"port": self.port, "models": len(self.engine.models.versions())})
 
     def _take_the_short_way(self, handlers: CallHandlers, servicer: OpenInferenceServicer) -> None:
         """ModelInfer works on bytes, and where the front can do so without tasks."""
@@ -121,6 +121,7 @@ class ModelServer:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watcher
+        await self.engine.pipelines.close()
         await asyncio.to_thread(self.engine.close)
         log.info("stopped")
 

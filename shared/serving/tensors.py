@@ -56,6 +56,11 @@ def datatype_of(dtype: str) -> str:
     return _DATATYPES.get(dtype, dtype.upper())
 
 
+def dtype_name_of(datatype: str) -> str:
+    """The manifest's name of a protocol datatype: `FP32` -> `float32`; an unknown one in small letters."""
+    return _DTYPES.get(datatype, datatype.lower())
+
+
 def dtype_of(datatype: str, field: str) -> np.dtype[np.generic]:
     """The numpy dtype of a protocol datatype.
 

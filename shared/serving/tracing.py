@@ -9,9 +9,10 @@ decision only. Imported when tracing is on, and only then: the SDK costs memory 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opentelemetry import context as otel_context
@@ -132,6 +133,20 @@ class ServerSpan:
             name, trace.set_span_in_context(self.span, _EMPTY), attributes=attributes, links=links, start_time=begin
         )
         child.end(begin + round(seconds * _NANOSECONDS))
+
+    @contextlib.contextmanager
+    def step(self, name: str, attributes: dict[str, Any]) -> Iterator[None]:
+        """A child around a part of the call; what the part asks of other services carries the trace on from it."""
+        child = self._tracer.start_span(name, trace.set_span_in_context(self.span, _EMPTY), attributes=attributes)
+        token = otel_context.attach(trace.set_span_in_context(child, _EMPTY))
+        try:
+            yield
+        except BaseException as error:
+            child.set_status(trace.Status(trace.StatusCode.ERROR, str(error)))
+            raise
+        finally:
+            otel_context.detach(token)
+            child.end()
 
     def end(self, code: str, message: str) -> None:
         """Ends the span with the name of the call's gRPC code; what the caller did wrong is no error of the server."""

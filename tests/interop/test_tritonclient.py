@@ -17,6 +17,7 @@ from shared.testing.graphs import publish_affine, publish_identity
 from shared.testing.server import running_server
 from tests.services.gateway.http_calls import error_of
 from tests.services.gateway.processes import running_gateway, wait_for_health
+from tests.shared.pipelines import write_pipeline
 
 HERE = Path(__file__).parent
 PYTHON = HERE.parents[1] / ".venv-interop" / "bin" / "python"
@@ -31,7 +32,21 @@ def run(*arguments):
     return done.stdout.split()
 
 
-PARTS = ["server", "repository", "inference", "callbacks", "stream", "big_stream", "errors", "statistics"]
+CHAIN = """
+[[steps]]
+name = "once"
+model = "affine"
+
+[[steps]]
+name = "twice"
+model = "affine"
+inputs = { x = "once.y" }
+when = "max(once.y) < 10"
+
+[outputs]
+y = ["twice.y", "once.y"]
+"""
+PARTS = ["server", "repository", "inference", "callbacks", "stream", "big_stream", "errors", "statistics", "pipeline"]
 
 
 @pytest.fixture
@@ -41,6 +56,7 @@ def address(tmp_path):
     (broken / "model.onnx").write_bytes(b"no graph")
     publish_identity(tmp_path, TensorProto.STRING, "object", service="vision", name="text")
     publish_identity(tmp_path, TensorProto.FLOAT16, "float16", service="vision", name="half")
+    write_pipeline(tmp_path, "chain", CHAIN, service="vision")
     with running_server("vision", ServingConfig(model_roots=(tmp_path,), rescan_seconds=600)) as running:
         yield running.address
 
@@ -56,9 +72,9 @@ def test_through_the_gateway(address):
         with grpc.insecure_channel(gateway.target) as channel:
             stub = pb_grpc.GRPCInferenceServiceStub(channel)
             index = stub.RepositoryIndex(pb.RepositoryIndexRequest())
-            assert {"affine", "broken", "half", "text"} == {entry.name for entry in index.models}
+            assert {"affine", "broken", "chain", "half", "text"} == {entry.name for entry in index.models}
             ready = stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True))
-            assert {"affine", "half", "text"} == {entry.name for entry in ready.models}
+            assert {"affine", "chain", "half", "text"} == {entry.name for entry in ready.models}
             for call in (stub.ModelInfer, stub.ModelConfig, stub.RepositoryModelLoad, stub.LogSettings):
                 with pytest.raises(grpc.RpcError) as caught:
                     call(request_of(call, stub))

@@ -138,6 +138,19 @@ def errors(client, headers):
     assert error.status() == "StatusCode.UNIMPLEMENTED", error
 
 
+def pipeline(client, headers):
+    assert client.is_model_ready("chain", headers=headers)
+    assert client.get_model_metadata("chain", headers=headers).platform == "ensemble"
+    config = client.get_model_config("chain", headers=headers).config
+    assert [step.model_name for step in config.ensemble_scheduling.step] == ["affine", "affine"]
+    values = np.array([[1, 1, 1, 1], [6, 6, 6, 6]], np.float32)
+    answer = client.infer("chain", [tensor("x", values, "FP32")], headers=headers)
+    np.testing.assert_array_equal(answer.as_numpy("y"), [[4] * 4, [12] * 4])
+    assert answer.get_response().parameters["exit_step"].string_param == "twice,once"
+    stats = client.get_inference_statistics("chain", headers=headers).model_stats[0]
+    assert (stats.inference_count, stats.execution_count) == (2, 1)
+
+
 def main():
     if sys.argv[1] == "--descriptors":
         for module in (model_config_pb2, service_pb2):
@@ -145,7 +158,7 @@ def main():
         return
     headers = {"usagi-service": sys.argv[2]} if len(sys.argv) > 2 else None
     with triton.InferenceServerClient(sys.argv[1]) as client:
-        for part in (server, repository, inference, callbacks, stream, big_stream, errors, statistics):
+        for part in (server, repository, inference, callbacks, stream, big_stream, errors, statistics, pipeline):
             part(client, headers)
             print(part.__name__, flush=True)
 

@@ -13,7 +13,7 @@ from services.vision.serving.config import VisionConfig
 from shared.errors import InvalidInput, ModelUnavailable
 from shared.images import decode_image
 from shared.serving.engine import Engine
-from shared.serving.repository import ServedVariant
+from shared.serving.served import Served
 
 CLASSIFICATION = "image-classification"
 DEFAULT_TOP_K = 5
@@ -35,7 +35,10 @@ class ClassifyQuery:
 
 @dataclass(frozen=True)
 class ClassifyAnswer:
-    """The `top_k` most probable classes, most probable first, and how they came about; times in seconds."""
+    """The `top_k` most probable classes, most probable first, and how they came about; times in seconds.
+
+    Of a pipeline `variant` is the step that answered.
+    """
 
     labels: list[str]
     indices: list[int]
@@ -69,7 +72,7 @@ class ImageClassifier:
         """
         self._check_image_size(query.image)
         name = query.model or self._config.default_classifier
-        async with self._engine.repository.acquire(name, query.version, query.variant) as served:
+        async with self._engine.models.acquire(name, query.version, query.variant) as served:
             count = _check_top_k(query.top_k, served)
             settings = ClassificationPreprocessing.from_dict(served.manifest.preprocessing)
             pixels = self._config.max_image_pixels
@@ -93,7 +96,7 @@ class ImageClassifier:
                 probabilities=probabilities,
                 model=name,
                 version=served.version,
-                variant=served.variant,
+                variant=result.exit_steps[0] if result.exit_steps else served.variant,
                 batch_size=result.batch_size,
                 queue_seconds=result.queue_seconds,
                 preprocess_seconds=preprocess_seconds,
@@ -110,7 +113,7 @@ class ImageClassifier:
             )
 
 
-def _check_top_k(top_k: int | None, served: ServedVariant) -> int:
+def _check_top_k(top_k: int | None, served: Served) -> int:
     classes = len(served.manifest.labels)
     if served.manifest.task != CLASSIFICATION or not classes:
         raise ModelUnavailable(f"model {served.manifest.name} does {served.manifest.task}, not {CLASSIFICATION}")

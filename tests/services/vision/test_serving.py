@@ -21,9 +21,27 @@ from shared.client.connection import CallFailed, Connection
 from shared.client.vision import Selection, VisionClient
 from shared.testing.graphs import publish_affine, publish_colours
 from shared.testing.server import running_server
+from tests.shared.pipelines import write_pipeline
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 SETTINGS = ClassificationPreprocessing(size=32, resize_side=32, mean=(0.0,) * 3, std=(255.0,) * 3)
+
+
+CASCADE = """
+[[steps]]
+name = "fast"
+model = "colours"
+variant = "int8"
+
+[[steps]]
+name = "exact"
+model = "colours"
+variant = "fp32"
+when = "margin(fast.logits) < 10"
+
+[outputs]
+logits = ["exact.logits", "fast.logits"]
+"""
 
 
 def encode(rgb, extension=".png", size=(40, 30), options=()):
@@ -39,6 +57,7 @@ def address(tmp_path_factory):
     publish_colours(root, SETTINGS.to_dict())
     publish_colours(root, SETTINGS.to_dict(), version=2)
     publish_affine(root, service="vision", name="not-a-classifier")
+    write_pipeline(root, "cascade", CASCADE, service="vision")
     config = VisionConfig(model_roots=(root,), default_classifier="colours", threads=1)
     with running_server("vision", config, registration(config)) as running:
         yield running.address
@@ -72,6 +91,15 @@ def test_info_says_who_answered(client):
     assert (info.model, info.version, info.variant, info.batch_size) == ("colours", "2", "int8", 1)
     assert min(info.preprocess_seconds, info.infer_seconds, info.postprocess_seconds) > 0
     assert info.queue_seconds >= 0
+
+
+def test_a_pipeline_classifies_and_says_which_step_did(client):
+    sure = client.classify(encode(RED), Selection("cascade"))  # int8's logits are 20, 0, 0
+    assert (sure.classifications[0].label, sure.info.model, sure.info.variant) == ("red", "cascade", "fast")
+    doubtful = client.classify(encode((120, 0, 0)), Selection("cascade"))  # 9.4, 0, 0
+    expected = np.exp(10 * 120 / 255) / (np.exp(10 * 120 / 255) + 2)
+    assert doubtful.info.variant == "exact"
+    assert doubtful.classifications[0].probability == pytest.approx(expected, abs=1e-5)
 
 
 def test_selection(client):
