@@ -8,12 +8,12 @@ DOMAIN ?= vision
 MODEL ?= flowers-efficientnet-lite0
 SEED ?= 0
 
-.PHONY: help install demo local test fuzz verify reproduce up observe down logs load protos lint format train export bench ci e2e clean
+.PHONY: help install demo local test fuzz verify reproduce up observe down canary logs load protos lint format train export bench ci e2e clean
 
 help:  ## this list
 	@printf 'Usagi: deep-learning microservices over gRPC\n\n'
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export, bench), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
+	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export, bench, canary), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
 
 # One environment in two layers: serving and client first (seconds), training and development on top (torch).
 .venv/.serve: pyproject.toml constraints.txt
@@ -75,6 +75,9 @@ observe:  ## start Prometheus and Grafana beside the containers, print their add
 
 down:  ## stop the containers
 	@docker compose --profile load --profile train --profile observability down --remove-orphans
+
+canary:  ## spread a model's calls over its versions in the running containers; ARGS="status" or "--help"
+	@docker compose exec gateway python -m services.gateway canary $(or $(ARGS),status)
 
 logs:  ## follow the containers' logs
 	@docker compose logs --follow

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.gateway.canaries import STEPS, Canary, CanaryFile, NoCanary, find, share_of
-from services.gateway.config import CANARY_FILE
+from services.gateway.canary_status import addresses, status_lines
+from services.gateway.config import CANARY_FILE, load_config
 from shared.errors import InvalidInput
 from shared.services_table import load_table
 
@@ -44,7 +45,15 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
     _verb(verbs, "promote", "send every call to a version").set_defaults(command=_promote)
     _verb(verbs, "abort", "take a version out, or all but the stable one").set_defaults(command=_abort)
     _verb(verbs, "clear", "end the canary: the newest version answers").set_defaults(command=_clear)
-    status = verbs.add_parser("status", help="show all canaries")
+    status = verbs.add_parser("status", help="show all canaries: each version's share, calls, errors and latency")
+    status.add_argument("--seconds", type=float, default=0.0, help="count only the next so many seconds")
+    status.add_argument(
+        "--metrics",
+        metavar="SERVICE=HOST:PORT",
+        action="append",
+        default=[],
+        help="where a service's metrics are, if not where services.toml says",
+    )
     status.set_defaults(command=_status)
 
 
@@ -110,10 +119,13 @@ def _clear(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     canaries = _file().load()
-    for canary in canaries:
-        print(_line(canary))
     if not canaries:
         print("no canaries: the newest version of each model answers")
+        return 0
+    table = load_table()
+    places = addresses(load_config(table=table), table, options.metrics)
+    for line in status_lines(canaries, places, max(0.0, options.seconds)):
+        print(line)
     return 0
 
 

@@ -19,7 +19,7 @@ from shared.client.connection import Connection
 from shared.client.models import ModelsClient
 from shared.client.vision import VisionClient
 from shared.services_table import load_table
-from tests.e2e.stack import NO_RETRIES, PHOTOS
+from tests.e2e.stack import NO_RETRIES, PHOTOS, Caller
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(400)]
 
@@ -118,6 +118,29 @@ def test_a_client_without_protos_finds_and_calls_every_domain(stack):
 def test_models_are_listed_by_the_catalog(stack):
     with Connection(stack.target) as connection:
         assert {model.service for model in ModelsClient(connection).list()} == set(TABLE.services)
+
+
+def test_canaries_are_set_and_seen_from_outside(stack):
+    model = "flowers-efficientnet-lite0"
+
+    def canary(*arguments):
+        return stack.run("make", "--silent", "canary", f"ARGS={' '.join(map(str, arguments))}")
+
+    canary("set", model, "--stable", 1, "--version", 2, "--weight", 50)  # version 2 is not there: 1 answers
+    try:
+        deadline = time.monotonic() + 20
+        with Caller(stack.target) as caller:
+            while True:
+                assert caller.call() is None
+                row = next(line.split() for line in canary("status").splitlines() if line.startswith("  1 "))
+                if int(row[2]) > 0:
+                    break
+                assert time.monotonic() < deadline, "no call was routed"
+        assert (row[1], row[3]) == ("50%", "0")
+        assert 0 < float(row[4]) <= float(row[5])
+    finally:
+        canary("clear", model)
+    assert "no canaries" in canary()
 
 
 INSIDE = """

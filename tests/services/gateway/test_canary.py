@@ -156,6 +156,69 @@ def test_shares_pins_and_changes(stack):
     canary("clear", "affine")
 
 
+def test_status_tells_how_each_version_does(stack):
+    stub, canary, faults, engine = stack
+    canary("set", "affine", "--stable", 1, "--version", 2, "--weight", 50)
+    settle(stub, {1, 2})
+    metrics = engine.telemetry.serve("127.0.0.1", 0)
+    try:
+        place = f"vision=127.0.0.1:{metrics.server_port}"
+        before = table(canary("status", "--metrics", place))
+        answered = collections.Counter(call(stub) for _ in range(200))
+        after = table(canary("status", "--metrics", place))
+        assert {version: row["share"] for version, row in after.items()} == {"1": "50%", "2": "50%"}
+        for version, count in answered.items():
+            assert int(after[str(version)]["calls"]) - int(before[str(version)]["calls"]) == count
+        errors = int(after["2"]["errors"])
+        faults.fail = True
+        failed = sum(fails(stub) for _ in range(40))
+        faults.fail = False
+        row = table(canary("status", "--metrics", place))["2"]
+        assert failed > 0
+        assert int(row["errors"]) - errors == failed
+        expected = measured(engine, "2", 0.95)
+        assert 0 < float(row["p50"]) <= float(row["p95"]) == pytest.approx(expected, abs=0.06)
+        quiet = table(canary("status", "--metrics", place, "--seconds", 0.2))
+        assert {row["calls"] for row in quiet.values()} == {"0"}
+    finally:
+        metrics.shutdown()
+        metrics.server_close()
+    assert "no figures: 127.0.0.1:" in canary("status", "--metrics", place), "a service that is down fails nothing"
+    canary("clear", "affine")
+    settle(stub, {2})
+
+
+def fails(stub):
+    try:
+        call(stub)
+    except grpc.RpcError:
+        return True
+    return False
+
+
+def table(text):
+    """Version -> the columns of `canary status`."""
+    rows = [line.split() for line in text.splitlines()[2:]]
+    names = ("share", "calls", "errors", "p50", "p95")
+    return {row[0]: dict(zip(names, row[1:], strict=False)) for row in rows}
+
+
+def measured(engine, version, share):
+    """Milliseconds within which a share of the version's live calls ended, from the buckets themselves, by hand."""
+    buckets = collections.Counter()
+    for metric in engine.telemetry.version_seconds.collect():
+        for sample in metric.samples:
+            labels = sample.labels
+            if sample.name.endswith("_bucket") and (labels["version"], labels["traffic"]) == (version, "live"):
+                buckets[float(labels["le"])] += sample.value
+    total, below, lower = buckets[math.inf], 0.0, 0.0
+    for bound, count in sorted(buckets.items()):
+        if count >= share * total:
+            return 1000 * (lower + (bound - lower) * (share * total - below) / (count - below))
+        below, lower = count, bound
+    raise AssertionError("no buckets")
+
+
 def test_a_version_that_is_not_there_fails_no_call(stack):
     stub, canary, *_ = stack
     canary("set", "affine", "--stable", 1, "--version", 7, "--weight", 100)
