@@ -243,10 +243,17 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        _name_place(error, path)
         raise
     _sync_folder(path.parent)
+
+
+def _name_place(error: BaseException, path: Path) -> None:
+    """A full disk says `No space left on device` and not where."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def publish(root: Path, manifest: Manifest, fill: Callable[[Path], None]) -> Path:
@@ -280,6 +287,9 @@ def publish(root: Path, manifest: Manifest, fill: Callable[[Path], None]) -> Pat
         _sync_folder(staging)
         _put_in_place(staging, final)
         _sync_folder(final.parent)
+    except OSError as error:
+        _name_place(error, final)
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # after an exchange it holds the old version
     return final

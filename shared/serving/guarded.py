@@ -67,6 +67,8 @@ def _guard_coroutine(behaviour: Any, parse: Any, deserialize: Deserialize | None
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:
+            if _caller_left(error):
+                raise
             await abort(error, context)
 
     return call
@@ -80,6 +82,8 @@ def _guard_generator(behaviour: Any, parse: Any, deserialize: Deserialize | None
         except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
             raise
         except Exception as error:
+            if _caller_left(error):
+                raise
             await abort(error, context)
 
     return call
@@ -92,6 +96,11 @@ def _parse(request: bytes, deserialize: Deserialize | None) -> Any:
 async def _parse_stream(requests: AsyncIterator[bytes], deserialize: Deserialize | None) -> AsyncIterator[Any]:
     async for request in requests:
         yield _parse(request, deserialize)
+
+
+def _caller_left(error: Exception) -> bool:
+    """gRPC could not send: there is nobody to tell, and a second abort would be an error of its own."""
+    return type(error).__name__ == "ExecuteBatchError"
 
 
 def aborting(service: str) -> Abort:

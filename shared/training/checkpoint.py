@@ -47,6 +47,9 @@ def save_checkpoint(path: Path, *, parts: dict[str, Any], progress: Progress, fi
         parts: state dicts by name.
         progress: where the run stands.
         fingerprint: what the run is (its configuration); a resume with another one is refused.
+
+    Raises:
+        ConfigurationError: it cannot be written; the one before is whole.
     """
     buffer = io.BytesIO()
     state = {
@@ -57,7 +60,7 @@ def save_checkpoint(path: Path, *, parts: dict[str, Any], progress: Progress, fi
         "random": _random_state(),
     }
     torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
+    _write(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path, *, fingerprint: str) -> tuple[dict[str, Any], Progress]:
@@ -80,10 +83,20 @@ def load_checkpoint(path: Path, *, fingerprint: str) -> tuple[dict[str, Any], Pr
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """Writes a model's weights alone, atomically."""
+    """Writes a model's weights alone, atomically; raises as `save_checkpoint` does."""
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
-    write_atomically(path, buffer.getvalue())
+    _write(path, buffer.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} ({len(content)} bytes) cannot be written: {error.strerror}; what was there before is whole: "
+            "make room and start the same command again, it goes on from there"
+        ) from error
 
 
 def _random_state() -> dict[str, Any]:
