@@ -7,8 +7,10 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
 from inference import open_inference_grpc_pb2 as pb
 from inference import open_inference_grpc_pb2_grpc as pb_grpc
 from usagi.model.v1 import model_service_pb2 as model_pb
@@ -72,6 +74,49 @@ def test_health_of_every_name(channel, service):
     with pytest.raises(grpc.RpcError) as caught:
         stub.Check(health_pb2.HealthCheckRequest(service="nope"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_health_lists_every_name(channel, service):
+    statuses = health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest()).statuses
+    assert {"", *service.grpc_services, *COMMON[:2]} <= set(statuses)
+    assert {entry.status for entry in statuses.values()} == {health_pb2.HealthCheckResponse.SERVING}
+
+
+NO_MESSAGE = b"\xff\xff\xff"
+"""An unfinished tag."""
+UNARY = ("grpc.health.v1.Health/Check", "usagi.model.v1.ModelService/GetModel", f"{COMMON[1]}/ModelInfer")
+STREAMS = ("grpc.health.v1.Health/Watch", "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+
+
+@pytest.mark.parametrize("method", [*UNARY, *STREAMS])
+def test_bytes_that_are_no_message(channel, method):
+    """Also of the methods that gRPC's own servicers answer; gRPC itself calls this INTERNAL or UNKNOWN."""
+
+    def call():
+        if method in UNARY:
+            return channel.unary_unary(f"/{method}")(NO_MESSAGE)
+        return list(channel.stream_stream(f"/{method}")(iter([NO_MESSAGE])))
+
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason_of(caught.value) == "INVALID_INPUT"
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "é" * 50_000])
+def test_what_a_caller_sent_never_makes_a_status_larger_than_headers_may_be(channel, name):
+    with pytest.raises(grpc.RpcError) as caught:
+        model_grpc.ModelServiceStub(channel).GetModel(model_pb.GetModelRequest(name=name))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert reason_of(caught.value) == "MODEL_NOT_FOUND"
+    assert "bytes left out" in caught.value.details()
+    assert caught.value.details().endswith("flowers-efficientnet-lite0")
+
+
+def reason_of(error):
+    info = error_details_pb2.ErrorInfo()
+    assert rpc_status.from_call(error).details[0].Unpack(info)
+    return info.reason
 
 
 def test_reflection_without_knowing_a_proto(channel, service):

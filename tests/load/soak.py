@@ -127,7 +127,7 @@ class Soak:
                     running.add(task)
                     task.add_done_callback(running.discard)
                     number += 1
-                print(f"{index + 1:3} {self._line(minute)}", flush=True)
+                print(f"{index + 1:3} {self._line(minute)}", *minute.errors.most_common(1), flush=True)
             while running:
                 await asyncio.wait(running)
         reloading.cancel()
@@ -161,6 +161,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=int, default=10)
     parser.add_argument("--front", choices=FRONTS, default="native")
     parser.add_argument("--gateway", action="store_true", help="through the real gateway")
+    parser.add_argument("--rate", type=float, help="calls a second, instead of half of the highest rate")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -171,12 +172,11 @@ def main() -> int:
         time.sleep(5)  # until the server has seen them
         target = stack.enter_context(gateway_before(server)) if options.gateway else server.address
         soak = Soak(server, target, folder / "models")
-        rate = asyncio.run(soak.highest_rate())
-        print(
-            f"{options.front}{', gateway' * options.gateway}: {rate:.0f} calls/s at most, so {rate / 2:.0f}/s",
-            flush=True,
-        )
-        minutes = asyncio.run(soak.run(rate / 2, options.minutes))
+        highest = asyncio.run(soak.highest_rate())
+        rate = options.rate or highest / 2
+        way = f"{options.front}{', gateway' * options.gateway}"
+        print(f"{way}: {highest:.0f} calls/s at most, {rate:.0f}/s from now on", flush=True)
+        minutes = asyncio.run(soak.run(rate, options.minutes))
         errors = sum((minute.errors for minute in minutes), collections.Counter())
         print("\n".join([*(f"{count} x {what}" for what, count in errors.items()), *server.complaints()]))
         return 1 if errors or server.complaints() else 0
