@@ -7,6 +7,7 @@ server's whole process tree by the kernel's clock of each process.
 from __future__ import annotations
 
 import math
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -49,14 +50,19 @@ class Settings:
 
 
 def checked_reply(call: Call, expected: np.ndarray) -> int:
-    """Sends one call and compares its answer; the reply's bytes. Peers over HTTP are checked by their scripts.
+    """Sends one call and compares its answer; the reply's bytes.
 
     Raises:
         WrongAnswer: it is another one.
     """
-    with grpc.insecure_channel(call.target) as channel:
-        reply = channel.unary_unary(call.path)(call.body, metadata=tuple(call.headers.items()), timeout=60)
-    answer = np.frombuffer(pb.ModelInferResponse.FromString(reply).raw_output_contents[0], np.float32)
+    if call.protocol == GRPC:
+        with grpc.insecure_channel(call.target) as channel:
+            reply = channel.unary_unary(call.path)(call.body, metadata=tuple(call.headers.items()), timeout=60)
+        raw = pb.ModelInferResponse.FromString(reply).raw_output_contents[0]
+    else:
+        with urllib.request.urlopen(f"http://{call.target}{call.path}", call.body, timeout=60) as answered:
+            reply = raw = answered.read()
+    answer = np.frombuffer(raw, np.float32)
     if not np.allclose(answer, expected.ravel(), rtol=TOLERANCE, atol=TOLERANCE):
         raise WrongAnswer(f"{call.target} answers {answer[:3]}…, ONNX Runtime {expected.ravel()[:3]}…")
     return len(reply)
@@ -93,8 +99,7 @@ class Probe:
         """The check, and a first run of the same load, from which the rate is known."""
         if self._rates is None:
             self._rates = {}
-            if self.call.protocol == GRPC:
-                self._reply = checked_reply(self.call, self.expected)
+            self._reply = checked_reply(self.call, self.expected)
         if inflight not in self._rates:
             rate, count = 0.0, 2 * inflight
             for _ in range(4):
