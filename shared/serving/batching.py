@@ -6,6 +6,8 @@ grows into the next batch. A batch is formed only when a thread is free to run i
 deadline passed is dropped before it costs anything. Batches are not padded: ONNX Runtime runs any size without
 compiling it first.
 
+Graphs so small that a thread's turn costs more than their run are run by the event loop itself.
+
 All state belongs to the event loop; only `Batcher.execute` runs in a thread.
 """
 
@@ -25,6 +27,9 @@ import numpy as np
 from shared.errors import DeadlinePassed, ModelUnavailable, Overloaded
 from shared.serving.calls import CallScope, current_call
 from shared.serving.session import Array, Arrays, Session
+
+QUICK_SECONDS, QUICK_BYTES = 0.0002, 16_384
+"""A run of less CPU, on inputs not larger, costs less than handing it to a thread and back: the event loop runs it."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,7 @@ class _Outcome:
     joined: float
     ran: float
     split: float
+    cpu_seconds: float
 
     @property
     def seconds(self) -> float:
@@ -188,7 +194,9 @@ class ComputePool:
             batch = batcher.take()
             if batcher.depth:
                 self._waiting.append(batcher)
-            if batch:
+            if batch and batcher.is_quick(batch):
+                batcher.settle(batch, batcher.execute(batch))
+            elif batch:
                 self._idle -= 1
                 self._executor.submit(self._work, loop, batcher, batch)
         if self._idle and self._idlers:
@@ -253,7 +261,7 @@ class Batcher:
         self._observer = observer or BatchObserver()
         self._queue: dict[QueuedItem, None] = {}  # insertion-ordered, and an item in the middle leaves in O(1)
         self._admitted = 0
-        self._recent_seconds = 0.05
+        self._recent_seconds = self._recent_cpu = 0.05
         self.limits = limits
         self.capacity = limits.queue_size + limits.max_batch * pool.workers
 
@@ -359,23 +367,30 @@ class Batcher:
                 break
         return batch
 
+    def is_quick(self, batch: list[QueuedItem]) -> bool:
+        """Whether recent runs were so short, and this one's inputs are so small, that it needs no thread."""
+        if self._recent_cpu > QUICK_SECONDS or not getattr(self._session, "only_computes", False):
+            return False
+        return sum(array.nbytes for item in batch for array in item.feeds.values()) <= QUICK_BYTES
+
     def execute(self, batch: list[QueuedItem]) -> _Outcome:
-        """Joins the inputs, runs them and splits the outputs; called in a thread, never raises.
+        """Joins the inputs, runs them and splits the outputs; called in a thread, or quickly, and never raises.
 
         When a joined run fails, each request runs alone, so that a bad one does not fail its neighbours.
         """
         started = joined = time.perf_counter()
+        cpu = time.thread_time()
         try:
             feeds = _join(batch)
             joined = time.perf_counter()
             outputs = self._session.run(feeds)
             ran = time.perf_counter()
             answers: list[_Answer] = [*_split(outputs, batch)]
-            return _Outcome(answers, True, started, joined, ran, time.perf_counter())
+            return _Outcome(answers, True, started, joined, ran, time.perf_counter(), time.thread_time() - cpu)
         except Exception as error:  # whatever the graph does, its callers get an answer
             answers = [error] if len(batch) == 1 else [self._run_alone(item) for item in batch]
         ended = time.perf_counter()
-        return _Outcome(answers, len(batch) == 1, started, joined, ended, ended)
+        return _Outcome(answers, len(batch) == 1, started, joined, ended, ended, time.thread_time() - cpu)
 
     def _run_alone(self, item: QueuedItem) -> _Answer:
         try:
@@ -387,6 +402,7 @@ class Batcher:
         """Hands the outcome to the callers."""
         rows = sum(item.rows for item in batch)
         self._recent_seconds += 0.2 * (outcome.seconds - self._recent_seconds)
+        self._recent_cpu += 0.2 * (outcome.cpu_seconds - self._recent_cpu)
         calls, enqueued = [item.call for item in batch], [item.enqueued for item in batch]
         self._observer.ran(BatchReport(rows, outcome.started, outcome.seconds, calls, enqueued))
         waited = 0.0

@@ -10,9 +10,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-import grpc
-
 from shared.serving.batching import BatchResult, QueuedItem
+from shared.serving.calls import REQUEST_ID, CallScope
 from shared.serving.engine import Engine
 from shared.serving.handlers import CallRecord
 from shared.serving.inference_requests import graph_failure
@@ -49,10 +48,11 @@ class DirectInfer:
         served = self.repository.ready(plan.model_name, plan.model_version, plan.variant)
         if served is None or served.batcher.full or served.manifest is not plan.manifest:
             return None
-        record = CallRecord(self.observer, context)
+        scope = self.observer.begin(context.invocation_metadata())
+        context.set_trailing_metadata(((REQUEST_ID, scope.request_id),))
         self.observer.received(len(message))
         self.repository.lease(served)
-        call = DirectCall(self, record, context, seen, served)
+        call = DirectCall(self, scope, context, seen, served)
         served.batcher.enter(call)
         return call
 
@@ -60,18 +60,18 @@ class DirectInfer:
 class DirectCall(QueuedItem):
     """A call in a queue; it answers its caller itself."""
 
-    __slots__ = ("_context", "_direct", "_id", "_over", "_plan", "_record", "_served")
+    __slots__ = ("_context", "_direct", "_id", "_over", "_plan", "_scope", "_served")
 
     def __init__(
         self,
         direct: DirectInfer,
-        record: CallRecord,
+        scope: CallScope,
         context: NativeContext,
         seen: Match,
         served: ServedVariant,
     ) -> None:
-        super().__init__(seen.feeds, context.deadline, record.scope)
-        self._direct, self._record, self._context = direct, record, context
+        super().__init__(seen.feeds, context.deadline, scope)
+        self._direct, self._scope, self._context = direct, scope, context
         self._plan, self._served, self._id = seen.plan, served, seen.id
         self._over = False
 
@@ -91,14 +91,15 @@ class DirectCall(QueuedItem):
         observer.sent(len(message))
         self._context.respond(message)
         self._served.observer.request_done(self.call, time.perf_counter() - self.enqueued)
-        self._record.finish(grpc.StatusCode.OK)
+        self._scope.finish("OK")
         self._leave()
 
     def fail(self, error: Exception) -> None:
         """Sends the status of an error."""
         self._over = True
         self._served.observer.request_failed(time.perf_counter() - self.enqueued)
-        self._context.fail(*self._record.failure(graph_failure(error) or error))
+        record = CallRecord(self._direct.observer, self._context, self._scope)
+        self._context.fail(*record.failure(graph_failure(error) or error))
         self._leave()
 
     def cancel(self) -> None:
@@ -107,7 +108,7 @@ class DirectCall(QueuedItem):
             self._over = True
             self._served.batcher.withdraw(self)
             self._served.observer.request_failed(time.perf_counter() - self.enqueued)
-            self._record.finish(grpc.StatusCode.CANCELLED)
+            self._scope.finish("CANCELLED")
             self._leave()
 
     def _leave(self) -> None:

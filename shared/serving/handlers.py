@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 
 from shared.errors import NotSupported, Unreachable, UsagiError
 from shared.serving.batching import Batcher
-from shared.serving.calls import REQUEST_ID
+from shared.serving.calls import REQUEST_ID, CallScope
 from shared.serving.guarded import aborting, guard_handler, parse_message
 from shared.serving.status import to_status, trailers_of
 from shared.serving.telemetry import MethodObserver, Telemetry
@@ -179,9 +179,9 @@ def _streaming(behaviour: Any, parse: Any, deserialize: Any, observer: MethodObs
 class CallRecord:
     """One call from arrival to answer, on gRPC's side: its trailers and its status; `scope` is the rest of it."""
 
-    def __init__(self, observer: MethodObserver, context: Any) -> None:
+    def __init__(self, observer: MethodObserver, context: Any, scope: CallScope | None = None) -> None:
         self._observer, self._context = observer, context
-        self.scope = observer.begin(context.invocation_metadata())
+        self.scope = scope or observer.begin(context.invocation_metadata())
         context.set_trailing_metadata(((REQUEST_ID, self.scope.request_id),))
 
     async def fail(self, error: Exception) -> None:

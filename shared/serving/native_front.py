@@ -234,7 +234,7 @@ class NativeContext:
 
     def is_routed(self) -> bool:
         """Whether the gateway's canaries have a say in it."""
-        return any(key in ROUTED for key, _ in self._metadata)
+        return not ROUTED.isdisjoint(dict(self._metadata))
 
     def cancelled(self) -> bool:
         """Whether the caller left or its deadline passed."""

@@ -28,7 +28,7 @@ class Session(Protocol):
 
 
 class OnnxSession:
-    """An ONNX graph in memory. `run` is thread-safe.
+    """An ONNX graph in memory. `run` is thread-safe; `only_computes` says that it never waits for anything.
 
     Spinning is off, since a spinning thread burns the quota of the container; threads are set explicitly, since ONNX
     Runtime counts the host's cores.
@@ -50,6 +50,7 @@ class OnnxSession:
         source = graph if isinstance(graph, bytes) else str(graph)
         self._session = onnxruntime.InferenceSession(source, options, providers=list(providers))
         self.providers: list[str] = self._session.get_providers()
+        self.only_computes = self.providers == list(CPU_PROVIDERS)
         self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
         self._has_bfloat16 = bfloat16.occurs_in(self._session)
 

@@ -216,3 +216,60 @@ def test_two_workers_run_two_batches_at_once():
         await asyncio.gather(*calls)
 
     run(main())
+
+
+class ComputingSession(DoublingSession):
+    """One that says that it only computes; keeps which threads ran it."""
+
+    only_computes = True
+
+    def __init__(self):
+        super().__init__()
+        self.threads, self.busy = [], 0.0
+
+    def run(self, feeds):
+        self.threads.append(threading.current_thread())
+        end = time.thread_time() + self.busy
+        while time.thread_time() < end:
+            pass
+        return super().run(feeds)
+
+
+def test_what_is_quick_runs_without_a_thread_until_it_is_not():
+    async def main():
+        bench = Bench(workers=2)
+        loop, session = threading.current_thread(), ComputingSession()
+        bench.batcher._session = session
+        assert (await bench.call(1)).outputs["y"].tolist() == [[2, 2]]
+        assert session.threads[-1] is not loop, "nothing is known of it yet"
+        while session.threads[-1] is not loop:
+            await bench.call(1)
+        session.busy = 0.01
+        while session.threads[-1] is loop:
+            await bench.call(1)
+        assert session.threads.count(loop) < 10, "a slow one soon goes back to the threads"
+        session.busy = 0.0
+        while session.threads[-1] is not loop:
+            await bench.call(1)
+        with bench.batcher.admit():
+            large = await bench.batcher.submit({"x": np.ones((1, 100_000), np.float32)})
+        assert large.outputs["y"].shape == (1, 100_000)
+        assert session.threads[-1] is not loop, "large inputs are never known to be quick"
+        bench.pool.close()
+
+    run(main())
+
+
+def test_what_may_wait_never_runs_on_the_loop():
+    async def main():
+        bench = Bench()
+        for _ in range(100):
+            await bench.call(1)
+        bench.session.gate.clear()
+        waiting = asyncio.create_task(bench.call(1))
+        await until(lambda: len(bench.session.batches) == 101)
+        bench.session.gate.set()
+        await waiting
+        bench.pool.close()
+
+    run(main())
