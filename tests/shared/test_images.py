@@ -354,3 +354,31 @@ def test_a_second_webp_canvas_does_not_hide_the_first():
         forged = data[:place] + small + data[place:]
         forged = b"RIFF" + struct.pack("<I", len(forged) - 8) + forged[8:]
         assert refused(forged, max_pixels=1_000).reason == "IMAGE_TOO_LARGE"
+
+
+@pytest.mark.parametrize(
+    ("size", "enough", "decoded"),
+    [
+        ((1600, 1200), 0, (1200, 1600)),
+        ((1600, 1200), 224, (600, 800)),  # half: a quarter would leave 300, under twice 224
+        ((1600, 1200), 75, (150, 200)),
+        ((1600, 1200), 601, (1200, 1600)),
+        ((403, 301), 30, (76, 101)),  # sizes are rounded up
+    ],
+)
+def test_large_photos_are_decoded_smaller(size, enough, decoded):
+    data = save(Image.fromarray(picture(height=size[1], width=size[0])), "JPEG", quality=95)
+    small = decode_image(data, enough=enough)
+    assert small.shape == (*decoded, 3)
+    expected = np.asarray(Image.fromarray(decode_image(data)).resize(decoded[::-1], Image.Resampling.BOX))
+    assert difference(small, expected) <= 4
+
+
+def test_smaller_decoding_turns_the_picture_upright_and_leaves_png_alone():
+    image = Image.fromarray(picture(height=400, width=600))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = decode_image(save(image, "JPEG", quality=95, exif=exif), enough=50)
+    assert turned.shape == (150, 100, 3)
+    assert difference(turned, np.rot90(decode_image(save(image, "JPEG", quality=95), enough=50), -1)) == 0
+    assert decode_image(save(image, "PNG"), enough=50).shape == (400, 600, 3)

@@ -78,7 +78,8 @@ class ImageClassifier:
             pixels = self._config.max_image_pixels
 
             def prepare() -> Floats:
-                return preprocess(decode_image(query.image, max_pixels=pixels), settings)
+                image = decode_image(query.image, max_pixels=pixels, enough=settings.resize_side)
+                return preprocess(image, settings)
 
             with served.batcher.admit():
                 tensor, preprocess_seconds = await self._engine.offload(prepare, query.deadline)

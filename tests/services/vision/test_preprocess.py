@@ -81,6 +81,13 @@ def test_normalise_does_not_change_its_input():
     assert (rgb == 5).all()
 
 
+def test_normalise_is_the_arithmetic_to_the_last_bit():
+    config = ClassificationPreprocessing(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+    rgb = np.random.default_rng(3).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    by_hand = (rgb.astype(np.float32) - np.float32(config.mean)) / np.float32(config.std)
+    np.testing.assert_array_equal(normalise(rgb[:, ::-1], config), by_hand[:, ::-1].transpose(2, 0, 1))
+
+
 def test_parameters_survive_the_manifest():
     config = ClassificationPreprocessing(size=160, resize_side=184, mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0))
     assert ClassificationPreprocessing.from_dict(json.loads(json.dumps(config.to_dict()))) == config
