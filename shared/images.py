@@ -43,7 +43,7 @@ _REDUCED = {
 }
 """libjpeg decodes at a half, a quarter or an eighth of the size for a fraction of the work."""
 SPARE = 2
-"""What is decoded smaller keeps this many times the pixels that are needed each way, so that the resize still averages."""
+"""What is decoded smaller keeps this many times the pixels needed each way, so that the resize still averages."""
 
 
 def decode_image(
