@@ -148,7 +148,7 @@ def _service_cluster(name: str, address: Address, buffer_bytes: int) -> Json:
         "name": name,
         "cluster_type": {"name": "envoy.cluster.dns", "typed_config": _every_address_of_the_name()},
         "lb_policy": "LEAST_REQUEST",
-        # a connection that a caller spoils, as by giving up many calls at once, carries that caller's calls only (ADR 7)
+        # a connection that a caller spoils, as by giving up many calls, carries only calls of that caller (ADR 7)
         "connection_pool_per_downstream_connection": True,
         "connect_timeout": "1s",
         "per_connection_buffer_limit_bytes": buffer_bytes,
