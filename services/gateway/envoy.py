@@ -184,7 +184,14 @@ def _http2_upstream() -> Json:
         "connection_keepalive": {"interval": "30s", "timeout": "5s"},
     }
     kind = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-    return {kind: _typed(kind, explicit_http_config={"http2_protocol_options": options})}
+    return {
+        kind: _typed(
+            kind,
+            explicit_http_config={"http2_protocol_options": options},
+            # each caller's connection has its own ones here: what a caller leaves behind must not stay for Envoy's hour
+            common_http_protocol_options={"idle_timeout": "5s"},
+        )
+    }
 
 
 def _health_check() -> Json:

@@ -131,8 +131,10 @@ BROKEN = {
 MORE_MEMORY = {"native": 500e6}
 """The native front inflates before it counts (ADR 7), so there the bomb may cost what it says."""
 LITTLE_MEMORY = 200e6
-HANGS = {("grpcio", "cut message"), ("grpcio", "cut length"), ("grpcio", "nothing"), ("grpcio", "unknown flag")}
-"""grpc.aio waits for the rest of a unary call's message for as long as the caller's deadline, and these have none."""
+HANGS = {("grpcio", what) for what in ("cut message", "cut length", "nothing", "unknown flag", "no gRPC frame")}
+"""grpc.aio waits for a unary call's message for as long as the caller's deadline, and these have none.
+
+Of the last two it waits in some runs only: the flag of a frame is wrong, and what fails first differs."""
 
 
 @pytest.fixture(scope="module", params=["native", "grpcio", "gateway"])
