@@ -4,6 +4,7 @@
     ├── InvalidInput            INVALID_ARGUMENT     the caller's message is wrong; names the field
     ├── ModelNotFound           NOT_FOUND            no such model, version or variant; lists what there is
     ├── ModelUnavailable        FAILED_PRECONDITION  it exists, but is corrupt or unloaded
+    ├── ProviderUnavailable     FAILED_PRECONDITION  the execution provider asked for does not run the graph
     ├── Overloaded              RESOURCE_EXHAUSTED   the queue is full; says when to come back
     │   └── ModelMemoryFull     RESOURCE_EXHAUSTED   every model in memory is in use, so no other can be loaded now
     ├── MessageTooLarge         RESOURCE_EXHAUSTED   a request or an answer over the limit of one message
@@ -80,6 +81,13 @@ class ModelUnavailable(UsagiError):
 
     code = "FAILED_PRECONDITION"
     reason = "MODEL_UNAVAILABLE"
+
+
+class ProviderUnavailable(UsagiError):
+    """A graph would run on another processor than the configuration allows."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "PROVIDER_UNAVAILABLE"
 
 
 class Overloaded(UsagiError):

@@ -134,10 +134,16 @@ def _models(options: argparse.Namespace) -> int:
                 _figure(variant, "accuracy", 4),
                 _figure(variant, "latency_p50_ms", 1),
                 f"{variant.size_bytes / 1e6:.1f}",
-                f"{state}, in memory" if variant.loaded else state,
+                f"{state}, in memory{_device(variant)}" if variant.loaded else state,
             )
     Console().print(table)
     return 0
+
+
+def _device(variant: pb.Variant) -> str:
+    """The processor that runs it, where that is not the CPU."""
+    first = next(iter(variant.providers), "CPU").removesuffix("ExecutionProvider")
+    return "" if first == "CPU" else f" of {first}"
 
 
 def _figure(variant: pb.Variant, metric: str, digits: int) -> str:

@@ -24,6 +24,7 @@ class ServingConfig:
         model_memory_mb: what the sessions of all models together may hold, in MB of 10^6 bytes; 0 means no limit.
         threads: threads that run graphs; 0 means the CPU quota rounded up.
         intra_op_threads: ONNX Runtime threads of each run; 1 is best under load.
+        providers: what runs the graphs, first the preferred one: `cpu`, `cuda`, `cuda,cpu`; see providers.py.
         upstreams: where the steps of pipelines find other domains: `local` (on this machine) or `network` (by name).
         max_message_bytes: limit of one message, the same in client, gateway and services.
         drain_seconds: after SIGTERM, how long to answer as before while the gateway notices NOT_SERVING.
@@ -43,6 +44,7 @@ class ServingConfig:
     model_memory_mb: int = 0
     threads: int = 0
     intra_op_threads: int = 1
+    providers: str = "cpu"
     upstreams: str = "local"
     max_message_bytes: int = 16 * 1024 * 1024
     drain_seconds: float = 0.0

@@ -18,6 +18,7 @@ from shared.serving.cpu import compute_threads
 from shared.serving.models import Models
 from shared.serving.pipelines.registry import PipelineRegistry
 from shared.serving.pipelines.upstreams import Upstreams, upstream_addresses
+from shared.serving.providers import parse_providers, usable_providers
 from shared.serving.repository import ModelRepository, RepositoryOptions
 from shared.serving.session import OnnxSession, Session
 from shared.serving.telemetry import Telemetry
@@ -36,11 +37,11 @@ class Engine:
     Args:
         service: the domain.
         config: see ServingConfig.
-        open_session: makes a session from the path of a graph; tests pass their own.
+        open_session: makes a session from the path of a graph, by default as `config` says; tests pass their own.
         tracing: makes spans; None means as OpenTelemetry's variables say, which is not at all without them.
 
     Raises:
-        ConfigurationError: OpenTelemetry's variables cannot be used.
+        ConfigurationError: OpenTelemetry's variables or the execution providers cannot be used.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Engine:
         options = RepositoryOptions(
             queue_size=config.queue_size,
             memory_limit=config.model_memory_mb * 1_000_000,
-            open_session=open_session or functools.partial(OnnxSession, threads=config.intra_op_threads),
+            open_session=open_session or _session_opener(config),
         )
         self.repository = ModelRepository(service, config.model_roots, self.pool, self.telemetry, options)
         upstreams = Upstreams(upstream_addresses(config.upstreams), config.max_message_bytes)
@@ -112,6 +113,14 @@ class Engine:
         self._offload.shutdown(wait=True)
         self.pool.close()
         self.telemetry.close()
+
+
+def _session_opener(config: ServingConfig) -> Callable[[Path], Session]:
+    """Sessions with the threads and the execution providers of `config`, as far as those run here."""
+    asked = parse_providers(config.providers)
+    usable = usable_providers(asked)
+    log.info("providers", extra={"asked": list(asked), "providers": list(usable)})
+    return functools.partial(OnnxSession, threads=config.intra_op_threads, providers=usable)
 
 
 def tracing_from_environment(service: str, replica: str) -> Tracing | None:

@@ -114,6 +114,7 @@ def to_message(entry: ModelVersion, service: str) -> pb.Model:
             max_batch=variant.max_batch,
             within_budget=variant.within_budget,
             loaded=name in entry.loaded,
+            providers=entry.loaded[name].providers if name in entry.loaded else (),
         )
     return message
 

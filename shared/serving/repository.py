@@ -305,7 +305,8 @@ class ModelRepository:
             served.used = self._uses
             self._announce(served)
             names = {"model": entry.name, "version": entry.version, "variant": variant}
-            log.info("loaded", extra={**names, "seconds": round(served.load_seconds, 3), "bytes": served.memory})
+            figures = {"seconds": round(served.load_seconds, 3), "bytes": served.memory}
+            log.info("loaded", extra={**names, **figures, "providers": list(served.providers)})
             self._make_room(0, sparing=served)
 
     def _announce(self, served: ServedVariant) -> None:

@@ -11,11 +11,12 @@ import numpy.typing as npt
 import onnxruntime
 
 from shared.serving import bfloat16
+from shared.serving.providers import CPU, check_providers
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
 
-CPU_PROVIDERS = ("CPUExecutionProvider",)
+CPU_PROVIDERS = (CPU,)
 
 onnxruntime.disable_telemetry_events()
 
@@ -36,7 +37,11 @@ class OnnxSession:
     Args:
         graph: path of the graph, or its bytes.
         threads: intra-op threads; 1 is best under load, where the pool runs several batches at once.
-        providers: ONNX Runtime execution providers in order of preference.
+        providers: ONNX Runtime execution providers in order of preference; `providers` of the session are those that it
+            has, of which the first runs every operator that it knows.
+
+    Raises:
+        ProviderUnavailable: see check_providers.
     """
 
     def __init__(self, graph: Path | bytes, *, threads: int = 1, providers: Sequence[str] = CPU_PROVIDERS) -> None:
@@ -48,8 +53,9 @@ class OnnxSession:
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         options.log_severity_level = 3
         source = graph if isinstance(graph, bytes) else str(graph)
-        self._session = onnxruntime.InferenceSession(source, options, providers=list(providers))
+        self._session = onnxruntime.InferenceSession(source, options, providers=list(providers), enable_fallback=0)
         self.providers: list[str] = self._session.get_providers()
+        check_providers(providers, self.providers)
         self.only_computes = self.providers == list(CPU_PROVIDERS)
         self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
         self._has_bfloat16 = bfloat16.occurs_in(self._session)

@@ -29,14 +29,15 @@ class State(Enum):
 class ServedVariant:
     """A variant in memory: its manifest, its batcher, its observer.
 
-    `leases` counts the requests that use it, `used` is the repository's tick of the last one's end, `memory` its bytes
-    by the ledger of memory.py. Once `retired`, it is closed after the last lease.
+    `providers` are its session's. `leases` counts the requests that use it, `used` is the repository's tick of the last
+    one's end, `memory` its bytes by the ledger of memory.py. Once `retired`, it is closed after the last lease.
     """
 
     manifest: Manifest
     variant: str
     batcher: Batcher
     observer: ModelObserver
+    providers: tuple[str, ...] = ()
     memory: int = 0
     load_seconds: float = 0.0
     leases: int = 0
@@ -163,4 +164,6 @@ class Opener:
         size = self.memory.count(session, variant.sha256, variant.bytes, private_bytes() - before)
         observer = self.telemetry.observer(entry.name, str(entry.version), name)
         limits = BatchLimits(max_batch=max_batch, queue_size=self.queue_size)
-        return ServedVariant(manifest, name, Batcher(session, self.pool, limits, observer), observer, memory=size)
+        batcher = Batcher(session, self.pool, limits, observer)
+        providers = tuple(getattr(session, "providers", ()))
+        return ServedVariant(manifest, name, batcher, observer, providers=providers, memory=size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -54,12 +55,13 @@ def running_server(
 
     Args:
         service: the domain.
-        config: port and metrics_port are replaced by free ones.
+        config: its ports are replaced by free ones, and its providers by USAGI_TEST_PROVIDERS where that is set.
         register: the domain's servicers.
         open_session: see Engine.
         tracing: see Engine.
     """
-    config = dataclasses.replace(config, port=0, metrics_port=0)
+    providers = os.environ.get("USAGI_TEST_PROVIDERS", config.providers)  # on a machine with a GPU: cuda
+    config = dataclasses.replace(config, port=0, metrics_port=0, providers=providers)
     started: Future[tuple[RunningServer, asyncio.Event]] = Future()
 
     async def main() -> None:

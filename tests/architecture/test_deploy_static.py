@@ -73,6 +73,11 @@ def test_compose_holds_nothing_that_the_table_does_not_know():
     assert set(blocks(COMPOSE)) <= allowed
 
 
+def test_every_service_of_the_table_can_have_a_gpu():
+    text = (ROOT / "deploy/compose.gpu.yaml").read_text(encoding="utf-8")
+    assert re.findall(r"^  ([\w-]+): \*gpu$", text, re.M) == SERVICES, "add a line `  <service>: *gpu` for each"
+
+
 @pytest.mark.parametrize("key", HARDENING)
 def test_hardening_is_complete(key):
     assert key in anchor("hardened")

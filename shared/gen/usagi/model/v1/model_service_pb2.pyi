@@ -166,6 +166,7 @@ class Variant(_message.Message):
     MAX_BATCH_FIELD_NUMBER: _builtins.int
     WITHIN_BUDGET_FIELD_NUMBER: _builtins.int
     LOADED_FIELD_NUMBER: _builtins.int
+    PROVIDERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the variant, such as `fp32` or `int8`."""
     size_bytes: _builtins.int
@@ -182,6 +183,13 @@ class Variant(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Measured figures by name, such as `accuracy` (share from 0 to 1) or `latency_p50_ms` (milliseconds, batch 1)."""
 
+    @_builtins.property
+    def providers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """ONNX Runtime's execution providers of that session, such as `CUDAExecutionProvider`; the first runs every operator
+        that it knows, the next ones the others. Without the first that USAGI_PROVIDERS asks for, the server fell back.
+        Empty while the variant is not loaded.
+        """
+
     def __init__(
         self,
         *,
@@ -192,10 +200,11 @@ class Variant(_message.Message):
         max_batch: _builtins.int = ...,
         within_budget: _builtins.bool = ...,
         loaded: _builtins.bool = ...,
+        providers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loaded", b"loaded", "max_batch", b"max_batch", "metrics", b"metrics", "name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes", "within_budget", b"within_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loaded", b"loaded", "max_batch", b"max_batch", "metrics", b"metrics", "name", b"name", "providers", b"providers", "sha256", b"sha256", "size_bytes", b"size_bytes", "within_budget", b"within_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
