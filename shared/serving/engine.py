@@ -71,7 +71,7 @@ class Engine:
 
     async def start(self) -> None:
         """Loads and warms every model's `auto` variant, then checks the pipelines."""
-        await self.repository.rescan()
+        await self.repository.rescan(patient=True)
         await self.pipelines.rescan()
 
     async def watch(self) -> None:

@@ -1,5 +1,9 @@
 """What lies in the model roots: `<root>/<service>/<model>/{model.toml, <version>/...}`, found without opening a graph.
 
+A plain ONNX file without a manifest may lie as `<model>.onnx`, `<model>/model.onnx` or `<model>/<version>/model.onnx`.
+The first two have no number, so theirs is the time of their last change, such as 20261125153000 in UTC: every replica
+finds the same, and a file that is replaced is a new version.
+
 A scan tells folders that are gone from folders that cannot be looked into (a volume that was taken away, a permission,
 a failing disk): what came from the latter stays in service.
 """
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from shared.artifacts import CARD_NAME, MANIFEST_NAME
@@ -15,17 +20,23 @@ from shared.serving.model_config import CONFIG_NAME
 
 PIPELINE_NAME = "pipeline.toml"
 """A version's folder with this file is a pipeline's; see shared/serving/pipelines."""
+GRAPH_NAME, GRAPH_SUFFIX = "model.onnx", ".onnx"
 Stamp = tuple[tuple[str, int, int, int], ...]
 """Name, time of change (ns), inode and size of some files: it differs when one of them was replaced."""
 
 
 @dataclass(frozen=True)
 class FoundVersion:
-    """A version's folder. `published` differs after another publication, `files` after any change in the folder."""
+    """A version's folder. `published` differs after another publication, `files` after any change in the folder.
+
+    `graph` is the file of a version without a manifest, which is not `settled` while it may still be copied.
+    """
 
     folder: Path
     published: Stamp
     files: Stamp
+    graph: Path | None = None
+    settled: bool = True
 
     @property
     def is_pipeline(self) -> bool:
@@ -56,31 +67,57 @@ class Scan:
 
 
 def scan(roots: Iterable[Path], service: str) -> Scan:
-    """Looks through all roots; for the same version or `model.toml` the first root wins."""
+    """Looks through all roots; for the same version, `model.toml` or file without a number the first root wins."""
     found = Scan()
+    unnumbered: set[str] = set()
     for root in roots:
-        for folder in _entries(root / service, found, required=True):
-            if folder.name.startswith("."):
-                continue
-            for path in _entries(folder, found):
-                if path.name == CONFIG_NAME:
-                    model = found.models.setdefault(folder.name, FoundModel())
-                    if model.config is None:
-                        model.config, model.config_stamp = path, _stamp([path], found)
-                elif (
-                    path.name.isascii() and path.name.isdigit() and path.is_dir() and (version := _version(path, found))
-                ):
-                    kind = found.pipelines if version.is_pipeline else found.models
-                    kind.setdefault(folder.name, FoundModel()).versions.setdefault(int(path.name), version)
+        entries = [path for path in _entries(root / service, found, required=True) if not path.name.startswith(".")]
+        for path in entries:
+            if path.suffix == GRAPH_SUFFIX and path.is_file():
+                files = [
+                    other for other in entries if other.name.startswith(path.name)
+                ]  # model.onnx.data, model.onnx_data
+                _add_unnumbered(path, path.stem, files, unnumbered, found)
+        for folder in entries:
+            _scan_model(folder, unnumbered, found)
     return found
 
 
+def _scan_model(folder: Path, unnumbered: set[str], found: Scan) -> None:
+    entries = list(_entries(folder, found))
+    for path in entries:
+        if path.name == CONFIG_NAME:
+            model = found.models.setdefault(folder.name, FoundModel())
+            if model.config is None:
+                model.config, model.config_stamp = path, _stamp([path], found)
+        elif path.name == GRAPH_NAME:
+            ignored = (CONFIG_NAME, CARD_NAME)
+            files = [other for other in entries if other.name not in ignored and other.is_file()]
+            _add_unnumbered(path, folder.name, files, unnumbered, found)
+        elif path.name.isascii() and path.name.isdigit() and path.is_dir() and (version := _version(path, found)):
+            kind = found.pipelines if version.is_pipeline else found.models
+            kind.setdefault(folder.name, FoundModel()).versions.setdefault(int(path.name), version)
+
+
+def _add_unnumbered(graph: Path, name: str, files: list[Path], unnumbered: set[str], found: Scan) -> None:
+    stamp = _stamp(files, found)
+    if name in unnumbered or not any(entry[0] == graph.name for entry in stamp):
+        return
+    unnumbered.add(name)
+    changed = datetime.fromtimestamp(max(entry[1] for entry in stamp) // 1_000_000_000, UTC)
+    version = FoundVersion(graph.parent, stamp, stamp, graph)
+    found.models.setdefault(name, FoundModel()).versions.setdefault(int(f"{changed:%Y%m%d%H%M%S}"), version)
+
+
 def _version(folder: Path, found: Scan) -> FoundVersion | None:
-    files = _stamp((path for path in _entries(folder, found) if path.name != CARD_NAME), found)
+    paths = list(_entries(folder, found))
+    files = _stamp((path for path in paths if path.name != CARD_NAME), found)
     if found.cause_for(folder):
         return None
     identity = tuple(entry for entry in files if entry[0] in (MANIFEST_NAME, PIPELINE_NAME))
-    return FoundVersion(folder, identity or files, files)
+    # a card without a manifest is half of a published version
+    plain = not identity and folder / GRAPH_NAME in paths and folder / CARD_NAME not in paths
+    return FoundVersion(folder, identity or files, files, folder / GRAPH_NAME if plain else None)
 
 
 def _stamp(paths: Iterable[Path], found: Scan) -> Stamp:

@@ -25,8 +25,9 @@ from shared.errors import ModelMemoryFull, ModelNotFound, ModelUnavailable, Unre
 from shared.serving.batching import Batcher, ComputePool
 from shared.serving.memory import SessionMemory
 from shared.serving.model_config import CONFIG_NAME, ModelConfig, read_config
-from shared.serving.model_folders import FoundModel, Scan, Stamp, scan
+from shared.serving.model_folders import FoundModel, FoundVersion, Scan, Stamp, scan
 from shared.serving.session import OnnxSession, Session
+from shared.serving.settling import SETTLE_SECONDS, Settling
 from shared.serving.shadowing import ShadowGate
 from shared.serving.telemetry import Telemetry
 from shared.serving.traffic import UNROUTED, ShadowDropped, Traffic, traffic
@@ -37,6 +38,7 @@ __all__ = ["AUTO", "ModelRepository", "ModelVersion", "RepositoryOptions", "Serv
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+COPYING = "its file changed just now and may still be copied; it is served once it looks the same in two scans"
 UNLOADED = "unloaded on request; load it to serve it again"
 
 
@@ -44,12 +46,14 @@ UNLOADED = "unloaded on request; load it to serve it again"
 class RepositoryOptions:
     """`queue_size`: see BatchLimits; `open_session`: makes a session from the path of a verified graph.
 
-    `memory_limit`: bytes that the sessions together may hold (see memory.py), 0 for no limit.
+    `memory_limit`: bytes that the sessions together may hold (see memory.py), 0 for no limit. `settle_seconds`: see
+    settling.py.
     """
 
     queue_size: int = 100
     open_session: Callable[[Path], Session] = OnnxSession
     memory_limit: int = 0
+    settle_seconds: float = SETTLE_SECONDS
 
 
 @dataclass(eq=False)
@@ -103,6 +107,7 @@ class ModelRepository:
         self._models: dict[str, _Model] = {}
         self._served: dict[ServedVariant, ModelVersion] = {}
         self._shadow_gate = ShadowGate(pool)
+        self._settling = Settling(options.settle_seconds)
         self._changing, self._opening = asyncio.Lock(), asyncio.Lock()
         self._uses = 0
         self._scanned = False
@@ -374,13 +379,25 @@ class ModelRepository:
 
     # Changes
 
-    async def rescan(self) -> None:
-        """Brings the table up to date with the roots: loads what is new, retires what is gone."""
+    async def rescan(self, *, patient: bool = False) -> None:
+        """Brings the table up to date with the roots: loads what is new, retires what is gone.
+
+        With `patient`, files without a manifest that may still be copied get the time to show that they are not.
+        """
         async with self._changing:
-            found = await asyncio.to_thread(scan, self.roots, self.service)
+            found, unsettled = await self._look()
+            if unsettled and patient:
+                found, _ = await self._look(after=self._settling.seconds)
             for name in sorted({*found.models, *self._models}):
                 await self._update(name, found)
             self._scanned = True
+
+    async def _look(self, after: float = 0.0) -> tuple[Scan, set[str]]:
+        """What lies in the roots in `after` seconds, and which models may still be copied."""
+        if after:
+            await asyncio.sleep(after)
+        found = await asyncio.to_thread(scan, self.roots, self.service)
+        return found, self._settling.judge(found)
 
     async def _update(self, name: str, found: Scan) -> None:
         model = self._models.get(name) or _Model(name)
@@ -390,8 +407,7 @@ class ModelRepository:
         following: dict[int, ModelVersion] = {}
         for number, version in there.versions.items():
             entry = known.get(number)
-            same = entry is not None and (entry.folder, entry.found.published) == (version.folder, version.published)
-            if entry is not None and same and not (entry.failure and entry.found.files != version.files):
+            if entry is not None and self._is_same(entry, version):
                 following[number] = entry
                 self._warn(entry, "")
             else:
@@ -401,7 +417,30 @@ class ModelRepository:
             if cause and not entry.failure and (number not in there.versions or following[number] is not entry):
                 following[number] = entry
                 self._warn(entry, f"{cause}; serving from memory")
+            elif entry.loaded and following.get(number) is not entry:
+                self._keep_replaced(entry, following)
         await self._settle(model, [following[number] for number in sorted(following)])
+
+    @staticmethod
+    def _is_same(entry: ModelVersion, version: FoundVersion) -> bool:
+        before = entry.found
+        if (before.folder, before.published, before.settled) != (version.folder, version.published, version.settled):
+            return False
+        return not (entry.failure and before.files != version.files)
+
+    def _keep_replaced(self, entry: ModelVersion, following: dict[int, ModelVersion]) -> None:
+        """Keeps a version without a manifest while what lies in its place now cannot be served."""
+        graph = entry.found.graph
+        for number, other in list(following.items()):
+            if graph is None or other.found.graph != graph:
+                continue
+            if number != entry.version:
+                entry.successor = other
+                following[entry.version] = entry
+            elif not other.found.settled:
+                following[number] = entry
+                self._warn(entry, f"{graph.name} is being replaced; serving from memory")
+            return
 
     async def _update_config(self, model: _Model, there: FoundModel) -> None:
         if there.config_stamp == model.config_stamp:
@@ -438,6 +477,10 @@ class ModelRepository:
                 break
             except ArtifactError as error:
                 self._fail(newest, error.message)
+        for entry in following:
+            if entry.successor is not None and entry.successor.failure:
+                self._warn(entry, f"serving from memory, since its file was replaced: {entry.successor.failure}")
+        following = [entry for entry in following if not entry.superseded]
         kept = set(following)
         for entry in model.versions:
             if entry not in kept:
@@ -468,13 +511,19 @@ class ModelRepository:
 
     @staticmethod
     def _newest(model: _Model, following: list[ModelVersion]) -> ModelVersion | None:
-        serving = (entry for entry in reversed(following) if not entry.failure)
+        serving = (entry for entry in reversed(following) if not entry.failure and not entry.superseded)
         return next((entry for entry in serving if not model.refusal(entry, following)), None)
 
     async def _check(self, entry: ModelVersion) -> None:
         entry.checked = True
+        if not entry.found.settled:
+            entry.failure = COPYING
+            return
         try:
             await asyncio.to_thread(entry.check, self.service)
+            if entry.plain is not None:
+                names = {"model": entry.name, "version": entry.version}
+                log.warning("model without a manifest", extra={**names, "reason": entry.plain.notice})
         except UsagiError as error:
             self._fail(entry, error.message)
         for variant, reason in entry.broken.items():
@@ -485,7 +534,8 @@ class ModelRepository:
         entry.retired = True
         for served in list(entry.loaded.values()):
             self._drop(entry, served)
-        log.info("model retired", extra={"model": entry.name, "version": entry.version})
+        if entry.found.settled:
+            log.info("model retired", extra={"model": entry.name, "version": entry.version})
 
     async def load(self, name: str, version: str = "", variant: str = "") -> ModelVersion:
         """Loads a model now, also one that was unloaded, was broken or was published just now.
@@ -494,7 +544,9 @@ class ModelRepository:
         this process whatever the policy says. Raises as `acquire` does.
         """
         async with self._changing:
-            found = await asyncio.to_thread(scan, self.roots, self.service)
+            found, unsettled = await self._look()
+            if name in unsettled:
+                found, _ = await self._look(after=self._settling.seconds)
             await self._update(name, found)
             entry = self.find(name, version)
             model = self._models[name]

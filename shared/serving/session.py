@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from shared.serving import bfloat16
+from shared.serving.onnx_files import read_data_files
 from shared.serving.providers import CPU, check_providers
 
 Array = npt.NDArray[Any]
@@ -30,6 +31,8 @@ class Session(Protocol):
 
 class OnnxSession:
     """An ONNX graph in memory. `run` is thread-safe; `only_computes` says that it never waits for anything.
+
+    `inputs` and `outputs` have ONNX Runtime's `name`, `type` and `shape`.
 
     Spinning is off, since a spinning thread burns the quota of the container; threads are set explicitly, since ONNX
     Runtime counts the host's cores.
@@ -53,11 +56,16 @@ class OnnxSession:
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         options.log_severity_level = 3
         source = graph if isinstance(graph, bytes) else str(graph)
+        if isinstance(graph, Path) and (files := read_data_files(graph)):
+            # by itself ONNX Runtime maps them: whoever writes to such a file would change or end a running model
+            sizes = [len(content) for content in files.values()]
+            options.add_external_initializers_from_files_in_memory(list(files), list(files.values()), sizes)
         self._session = onnxruntime.InferenceSession(source, options, providers=list(providers), enable_fallback=0)
         self.providers: list[str] = self._session.get_providers()
         check_providers(providers, self.providers)
         self.only_computes = self.providers == list(CPU_PROVIDERS)
-        self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
+        self.inputs, self.outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.output_names: list[str] = [output.name for output in self.outputs]
         self._has_bfloat16 = bfloat16.occurs_in(self._session)
 
     def run(self, feeds: Arrays) -> dict[str, Array]:
@@ -68,7 +76,7 @@ class OnnxSession:
 
 
 def zeros_for(shapes: Mapping[str, tuple[str, tuple[int, ...]]], batch: int) -> dict[str, Array]:
-    """Zero inputs to warm a graph with: the first dimension is `batch`, other free dimensions are 1.
+    """Zero inputs to warm a graph with: a free first dimension is `batch`, other free dimensions are 1.
 
     Args:
         shapes: input name -> (numpy dtype name, shape with -1 for free dimensions).
@@ -76,7 +84,8 @@ def zeros_for(shapes: Mapping[str, tuple[str, tuple[int, ...]]], batch: int) -> 
     """
     return {
         name: np.zeros(
-            (batch, *(max(1, size) for size in shape[1:])) if shape else (), dtype=bfloat16.storage_dtype(dtype)
+            tuple(size if size >= 0 else 1 if axis else batch for axis, size in enumerate(shape)),
+            dtype=bfloat16.storage_dtype(dtype),
         )
         for name, (dtype, shape) in shapes.items()
     }

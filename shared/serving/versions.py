@@ -12,7 +12,8 @@ from shared.serving.batching import Batcher, BatchLimits, ComputePool
 from shared.serving.memory import SessionMemory, private_bytes, settle_before_measuring
 from shared.serving.model_folders import FoundVersion
 from shared.serving.model_observer import ModelObserver
-from shared.serving.session import OnnxSession, Session, zeros_for
+from shared.serving.plain_models import VARIANT, PlainModel, describe_plain
+from shared.serving.session import Arrays, OnnxSession, Session, zeros_for
 from shared.serving.telemetry import Telemetry
 
 
@@ -57,6 +58,7 @@ class ModelVersion:
     `auto` is the variant that `auto` means. `failure`, `withdrawn` and `warning` say in words why the version is
     broken, is not served, or serves although its folder cannot be read; `notice` tells of a `model.toml` that is wrong.
     `broken` holds the reason of each variant that cannot be loaded. `checked`, `warmed`: whether that was tried.
+    `plain` is set for a file without a manifest, `successor` once another one lies in its place.
     """
 
     name: str
@@ -73,6 +75,8 @@ class ModelVersion:
     retired: bool = False
     broken: dict[str, str] = field(default_factory=dict)
     loaded: dict[str, ServedVariant] = field(default_factory=dict)
+    plain: PlainModel | None = None
+    successor: ModelVersion | None = None
 
     @property
     def folder(self) -> Path:
@@ -92,7 +96,13 @@ class ModelVersion:
     def reason(self) -> str:
         """Why it cannot answer, or what is wrong though it does; empty when all is well."""
         broken = [f"variant {name}: {reason}" for name, reason in self.broken.items()]
-        return self.failure or self.withdrawn or "; ".join(filter(None, [self.warning, self.notice, *broken]))
+        plain = self.plain.notice if self.plain else ""
+        return self.failure or self.withdrawn or "; ".join(filter(None, [self.warning, self.notice, plain, *broken]))
+
+    @property
+    def superseded(self) -> bool:
+        """Whether its file was replaced by one that can be served."""
+        return self.successor is not None and not self.successor.failure
 
     def card(self) -> str:
         """The model card, or nothing."""
@@ -104,9 +114,16 @@ class ModelVersion:
     def check(self, service: str) -> None:
         """Reads the manifest and looks for its files, without opening them; fills `manifest`, `auto` and `broken`.
 
+        Without a manifest, makes one from the graph, which is opened and tried for that.
+
         Raises:
             ArtifactError: the version cannot be served.
         """
+        if self.found.graph is not None:
+            watched = {entry[0] for entry in self.found.files}
+            self.plain = describe_plain(self.found.graph, service, self.name, self.version, watched)
+            self.manifest, self.auto = self.plain.manifest, VARIANT
+            return
         manifest = read_manifest(self.folder)
         if manifest.service != service:
             raise ArtifactError(f"{self.folder} belongs to the service {manifest.service}")
@@ -153,12 +170,12 @@ class Opener:
         variant = manifest.variants[name]
         path = verify_variant(entry.folder, variant)
         max_batch = variant.max_batch if manifest.batchable else 1
-        shapes = {spec.name: (spec.dtype, spec.shape) for spec in manifest.inputs}
         before = settle_before_measuring()
         try:
             session = self.open_session(path)
             for batch in (max_batch, 1):
-                session.run(zeros_for(shapes, batch))
+                if (feeds := _warming(entry, manifest, batch)) is not None:
+                    session.run(feeds)
         except Exception as error:  # ONNX Runtime raises a class of its own for every kind of fault
             raise ArtifactError(f"{path} does not run: {error}") from error
         size = self.memory.count(session, variant.sha256, variant.bytes, private_bytes() - before)
@@ -167,3 +184,10 @@ class Opener:
         batcher = Batcher(session, self.pool, limits, observer)
         providers = tuple(getattr(session, "providers", ()))
         return ServedVariant(manifest, name, batcher, observer, providers=providers, memory=size)
+
+
+def _warming(entry: ModelVersion, manifest: Manifest, batch: int) -> Arrays | None:
+    """What to warm a graph with; nothing if no inputs are known that it runs on."""
+    if entry.plain is not None:
+        return entry.plain.requests(batch)
+    return zeros_for({spec.name: (spec.dtype, spec.shape) for spec in manifest.inputs}, batch)

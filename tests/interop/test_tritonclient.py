@@ -17,6 +17,7 @@ from shared.testing.graphs import publish_affine, publish_identity
 from shared.testing.server import running_server
 from tests.services.gateway.http_calls import error_of
 from tests.services.gateway.processes import running_gateway, wait_for_health
+from tests.shared import plain_graphs as graphs
 from tests.shared.pipelines import write_pipeline
 
 HERE = Path(__file__).parent
@@ -46,7 +47,18 @@ when = "max(once.y) < 10"
 [outputs]
 y = ["twice.y", "once.y"]
 """
-PARTS = ["server", "repository", "inference", "callbacks", "stream", "big_stream", "errors", "statistics", "pipeline"]
+PARTS = [
+    "server",
+    "repository",
+    "inference",
+    "callbacks",
+    "stream",
+    "big_stream",
+    "errors",
+    "statistics",
+    "pipeline",
+    "plain",
+]
 
 
 @pytest.fixture
@@ -57,6 +69,9 @@ def address(tmp_path):
     publish_identity(tmp_path, TensorProto.STRING, "object", service="vision", name="text")
     publish_identity(tmp_path, TensorProto.FLOAT16, "float16", service="vision", name="half")
     write_pipeline(tmp_path, "chain", CHAIN, service="vision")
+    graphs.save(graphs.doubling(), tmp_path / "vision/plain.onnx", "plain.onnx.data")
+    graphs.save(graphs.minus_the_mean_of_the_batch(), tmp_path / "vision/centred/1/model.onnx")
+    (tmp_path / "vision/cut.onnx").write_bytes(graphs.doubling().SerializeToString()[:-9])
     with running_server("vision", ServingConfig(model_roots=(tmp_path,), rescan_seconds=600)) as running:
         yield running.address
 
@@ -72,9 +87,10 @@ def test_through_the_gateway(address):
         with grpc.insecure_channel(gateway.target) as channel:
             stub = pb_grpc.GRPCInferenceServiceStub(channel)
             index = stub.RepositoryIndex(pb.RepositoryIndexRequest())
-            assert {"affine", "broken", "chain", "half", "text"} == {entry.name for entry in index.models}
+            served = {"affine", "centred", "chain", "half", "plain", "text"}
+            assert {*served, "broken", "cut"} == {entry.name for entry in index.models}
             ready = stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True))
-            assert {"affine", "chain", "half", "text"} == {entry.name for entry in ready.models}
+            assert served == {entry.name for entry in ready.models}
             for call in (stub.ModelInfer, stub.ModelConfig, stub.RepositoryModelLoad, stub.LogSettings):
                 with pytest.raises(grpc.RpcError) as caught:
                     call(request_of(call, stub))

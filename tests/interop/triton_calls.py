@@ -151,6 +151,28 @@ def pipeline(client, headers):
     assert (stats.inference_count, stats.execution_count) == (2, 1)
 
 
+def plain(client, headers):
+    """ONNX files without a manifest."""
+    index = {entry.name: entry for entry in client.get_model_repository_index(headers=headers).models}
+    assert (index["plain"].state, index["centred"].state, index["cut"].state) == ("READY", "READY", "UNAVAILABLE")
+    assert "no manifest.json: inferred from plain.onnx, " in index["plain"].reason, index["plain"]
+    assert "not batched, since `y` of a request changes" in index["centred"].reason, index["centred"]
+    assert "no whole ONNX file" in index["cut"].reason, index["cut"]
+    model = client.get_model_metadata("plain", headers=headers)
+    assert [(entry.name, entry.datatype, list(entry.shape)) for entry in model.inputs] == [("x", "FP32", [-1, 4])]
+    assert list(model.versions) == [index["plain"].version]
+    assert client.get_model_config("plain", headers=headers).config.HasField("dynamic_batching")
+    assert client.get_model_config("centred", headers=headers).config.max_batch_size == 0
+    rows = np.array([[1, 2, 3, 4], [3, 2, 1, 0]], np.float32)
+    answer = client.infer("plain", [tensor("x", rows, "FP32")], headers=headers)
+    np.testing.assert_array_equal(answer.as_numpy("y"), 2 * rows)
+    answer = client.infer("centred", [tensor("x", rows, "FP32")], headers=headers)
+    np.testing.assert_array_equal(answer.as_numpy("y"), [[-1, 0, 1, 2], [1, 0, -1, -2]])
+    stats = client.get_inference_statistics("plain", headers=headers).model_stats[0]
+    assert (stats.inference_count, stats.execution_count) == (2, 1)
+    assert failure(client.infer, "cut", affine(), headers=headers).status() == "StatusCode.FAILED_PRECONDITION"
+
+
 def main():
     if sys.argv[1] == "--descriptors":
         for module in (model_config_pb2, service_pb2):
@@ -158,7 +180,7 @@ def main():
         return
     headers = {"usagi-service": sys.argv[2]} if len(sys.argv) > 2 else None
     with triton.InferenceServerClient(sys.argv[1]) as client:
-        for part in (server, repository, inference, callbacks, stream, big_stream, errors, statistics, pipeline):
+        for part in (server, repository, inference, callbacks, stream, big_stream, errors, statistics, pipeline, plain):
             part(client, headers)
             print(part.__name__, flush=True)
 
