@@ -8,12 +8,12 @@ DOMAIN ?= vision
 MODEL ?= flowers-efficientnet-lite0
 SEED ?= 0
 
-.PHONY: help install demo local test fuzz verify reproduce up observe down canary logs load protos lint format train export bench ci e2e clean
+.PHONY: help install demo local test fuzz verify reproduce up observe down canary keys logs load protos lint format train export bench ci e2e clean
 
 help:  ## this list
 	@printf 'Usagi: deep-learning microservices over gRPC\n\n'
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export, bench, canary), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
+	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export, bench, canary, keys), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
 
 # One environment in two layers: serving and client first (seconds), training and development on top (torch).
 .venv/.serve: pyproject.toml constraints.txt
@@ -78,6 +78,10 @@ down:  ## stop the containers
 
 canary:  ## spread a model's calls over its versions in the running containers; ARGS="status" or "--help"
 	@docker compose exec gateway python -m services.gateway canary $(or $(ARGS),status)
+
+# In a container of its own, so that keys can be made before anything runs.
+keys:  ## API keys of the containers; ARGS="make alice --role infer --rate 100/s", "list", "revoke alice"
+	@docker compose run --rm --no-deps --interactive=false gateway keys $(or $(ARGS),list)
 
 logs:  ## follow the containers' logs
 	@docker compose logs --follow

@@ -9,6 +9,7 @@
     │   └── ModelMemoryFull     RESOURCE_EXHAUSTED   every model in memory is in use, so no other can be loaded now
     ├── MessageTooLarge         RESOURCE_EXHAUSTED   a request or an answer over the limit of one message
     ├── DeadlinePassed          DEADLINE_EXCEEDED    too late before the work began
+    ├── Unauthenticated         UNAUTHENTICATED      needs an API key
     ├── PermissionRefused       PERMISSION_DENIED    needs the admin role
     ├── NotSupported            UNIMPLEMENTED        known to the protocol, not to this server
     ├── Unreachable             UNAVAILABLE          draining, or a dependency is down
@@ -125,6 +126,13 @@ class DeadlinePassed(UsagiError):
 
     code = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_PASSED"
+
+
+class Unauthenticated(UsagiError):
+    """The call needs an API key, and the caller sent none that is known."""
+
+    code = "UNAUTHENTICATED"
+    reason = "KEY_UNKNOWN"
 
 
 class PermissionRefused(UsagiError):

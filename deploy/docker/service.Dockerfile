@@ -94,7 +94,8 @@ ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     OPENBLAS_NUM_THREADS=1 \
     HOME=/tmp
 RUN install -d -o 10001 -g 10001 /var/lib/usagi /var/lib/usagi/models /var/lib/usagi/runs /var/lib/usagi/results \
-    /var/lib/usagi/gateway
+    /var/lib/usagi/gateway \
+ && install -d -o 10001 -g 10001 -m 0700 /var/lib/usagi/keys
 WORKDIR /app
 STOPSIGNAL SIGTERM
 ARG VERSION=0.1.0

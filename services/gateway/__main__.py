@@ -1,4 +1,4 @@
-"""The gateway's commands: `python -m services.gateway [serve | render | validate | prometheus | dashboard]`."""
+"""The gateway's commands: `python -m services.gateway COMMAND`; `--help` lists them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import NoReturn
 
 import uvloop
 
+from services.gateway.admission import Keys
 from services.gateway.cli import add_verbs
 from services.gateway.config import GatewayConfig, load_config
 from services.gateway.dashboard import dashboard
 from services.gateway.envoy import bootstrap
+from services.gateway.keys_cli import add_keys_verbs
 from services.gateway.prometheus import scrape_config
 from services.gateway.supervisor import Supervisor, envoy_command, write_configuration
 from shared.errors import UsagiError
@@ -28,6 +30,7 @@ COMMANDS = {
     "validate": "let Envoy check the configuration",
     "prometheus": "print Prometheus' configuration",
     "canary": "spread a model's calls over its versions; `canary --help` explains",
+    "keys": "make, list and revoke API keys; `keys --help` explains",
     "dashboard": "print Grafana's dashboard",
 }
 
@@ -41,8 +44,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", nargs="?", default="serve", choices=COMMANDS)
-    if sys.argv[1:2] == ["canary"]:
-        _canary(sys.argv[2:])
+    if sys.argv[1:2] in (["canary"], ["keys"]):
+        _verbs(sys.argv[1], sys.argv[2:])
     command = parser.parse_args().command
     table = load_table()
     try:
@@ -51,9 +54,9 @@ def main() -> None:
         sys.exit(f"usagi-gateway: {error.message}")
 
 
-def _canary(arguments: list[str]) -> NoReturn:
-    parser = argparse.ArgumentParser(prog="python -m services.gateway canary")
-    add_verbs(parser)
+def _verbs(command: str, arguments: list[str]) -> NoReturn:
+    parser = argparse.ArgumentParser(prog=f"python -m services.gateway {command}")
+    {"canary": add_verbs, "keys": add_keys_verbs}[command](parser)
     options = parser.parse_args(arguments)
     try:
         sys.exit(options.command(options))
@@ -78,10 +81,10 @@ def _run(command: str, config: GatewayConfig, table: ServicesTable) -> int:
     return code
 
 
-def validate(config: GatewayConfig, table: ServicesTable) -> int:
+def validate(config: GatewayConfig, table: ServicesTable, keys: Keys = None) -> int:
     """Envoy's own check of the configuration; its exit code."""
     with tempfile.TemporaryDirectory(prefix="usagi-gateway-") as folder:
-        path = write_configuration(Path(folder), bootstrap(config, table))
+        path = write_configuration(Path(folder), bootstrap(config, table, keys))
         return subprocess.run([*envoy_command(path), "--mode", "validate"], check=False).returncode
 
 

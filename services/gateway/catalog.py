@@ -36,10 +36,11 @@ class Catalog:
     Args:
         config: where it and Envoy listen.
         table: the services.
+        secret: the key with which it asks through Envoy.
     """
 
-    def __init__(self, config: GatewayConfig, table: ServicesTable) -> None:
-        self._config, self._table = config, table
+    def __init__(self, config: GatewayConfig, table: ServicesTable, secret: str = "") -> None:
+        self._config, self._table, self._secret = config, table, secret
         self._limit = table.gateway.max_message_bytes
         self._health = Health()
         self._domains: Domains | None = None
@@ -51,7 +52,7 @@ class Catalog:
         Raises:
             ConfigurationError: the port is taken.
         """
-        self._domains = Domains(list(self._table.services), self._config.reachable_at, self._limit)
+        self._domains = Domains(list(self._table.services), self._config.reachable_at, self._limit, self._secret)
         server = self._server = grpc.aio.server(
             interceptors=[CatalogInterceptor(self._domains.names)],
             options=channel_options(self._limit, connections_age=False),

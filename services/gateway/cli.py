@@ -14,6 +14,7 @@ from pathlib import Path
 from services.gateway.canaries import STEPS, Canary, CanaryFile, NoCanary, find, share_of
 from services.gateway.canary_status import addresses, status_lines
 from services.gateway.config import CANARY_FILE, load_config
+from services.gateway.keys_cli import add_keys_verbs
 from shared.errors import InvalidInput
 from shared.services_table import load_table
 
@@ -21,9 +22,9 @@ DEFAULT_STATE = "var/gateway"
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `usagi canary`."""
-    parser = commands.add_parser("canary", help="spread a model's calls over its versions")
-    add_verbs(parser)
+    """Adds `usagi canary` and `usagi keys`."""
+    add_verbs(commands.add_parser("canary", help="spread a model's calls over its versions"))
+    add_keys_verbs(commands.add_parser("keys", help="make, list and revoke API keys"))
 
 
 def add_verbs(parser: argparse.ArgumentParser) -> None:

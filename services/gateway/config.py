@@ -44,6 +44,8 @@ class GatewayConfig:
         cors_origins: regular expression of the web origins that may call from a browser. Only pages of this machine by
             default, or any web page could use a gateway on its visitor's machine.
         drain_seconds: after SIGTERM, the longest wait for running calls.
+        keys_file: file of the API keys (shared/api_keys.py). While there is none, no keys are set.
+        keys_required: a missing file lets nobody in, instead of everybody.
         state_dir: folder of what outlasts the gateway: the canaries. Empty means that nothing does.
         log_level: DEBUG, INFO, WARNING or ERROR.
         addresses: upstream of each service, from `upstreams` and `USAGI_UPSTREAM_<SERVICE>=host:port`.
@@ -58,6 +60,8 @@ class GatewayConfig:
     upstreams: str = "local"
     cors_origins: str = LOCAL_ORIGINS
     drain_seconds: float = 20.0
+    keys_file: str = ""
+    keys_required: bool = False
     state_dir: str = ""
     log_level: str = "INFO"
     addresses: Mapping[str, Address] = field(default_factory=dict)

@@ -43,9 +43,10 @@ class Domains:
         names: the domains.
         gateway: where Envoy listens.
         max_message_bytes: limit of one message.
+        secret: the catalog's own key. It has the role infer, so that nobody can use the catalog as a way round.
     """
 
-    def __init__(self, names: Sequence[str], gateway: Address, max_message_bytes: int) -> None:
+    def __init__(self, names: Sequence[str], gateway: Address, max_message_bytes: int, secret: str = "") -> None:
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.initial_reconnect_backoff_ms", 200),
@@ -55,6 +56,7 @@ class Domains:
         self.names = tuple(names)
         self.serving = dict.fromkeys(names, False)
         self._channel = grpc.aio.insecure_channel(str(gateway), options=options)
+        self._key = (("authorization", f"Bearer {secret}"),) if secret else ()
         self._watchers: list[asyncio.Task[None]] = []
 
     def watch(self, listener: HealthListener) -> None:
@@ -67,7 +69,7 @@ class Domains:
             answered = False
             try:
                 request = health_pb2.HealthCheckRequest()
-                async for answer in stub.Watch(request, timeout=WATCH_SECONDS, metadata=_to(name)):
+                async for answer in stub.Watch(request, timeout=WATCH_SECONDS, metadata=self._to(name)):
                     answered = answer.status == SERVING
                     await self._say(name, answered, listener)
                     if not answered:
@@ -97,7 +99,7 @@ class Domains:
         request = pb.ListModelsRequest(page_size=PAGE_SIZE)
         try:
             while True:
-                page = await stub.ListModels(request, timeout=CALL_SECONDS, metadata=_to(name, *metadata))
+                page = await stub.ListModels(request, timeout=CALL_SECONDS, metadata=self._to(name, *metadata))
                 models.extend(page.models)
                 if not page.next_page_token:
                     return models
@@ -119,7 +121,7 @@ class Domains:
     ) -> list[oip.RepositoryIndexResponse.ModelIndex] | None:
         stub = oip_grpc.GRPCInferenceServiceStub(self._channel)
         try:
-            answer = await stub.RepositoryIndex(request, timeout=CALL_SECONDS, metadata=_to(name, *metadata))
+            answer = await stub.RepositoryIndex(request, timeout=CALL_SECONDS, metadata=self._to(name, *metadata))
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 log.warning("no repository index", extra={"domain": name, "code": error.code().name})
@@ -130,7 +132,10 @@ class Domains:
     async def get_model(self, name: str, request: pb.GetModelRequest, metadata: Any) -> pb.GetModelResponse:
         """Asks one domain for a model; its error passes on as it is."""
         stub = pb_grpc.ModelServiceStub(self._channel)
-        return await stub.GetModel(request, timeout=CALL_SECONDS, metadata=_to(name, *metadata))
+        return await stub.GetModel(request, timeout=CALL_SECONDS, metadata=self._to(name, *metadata))
+
+    def _to(self, name: str, *metadata: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+        return ((SERVICE_HEADER, name), *self._key, *metadata)
 
     async def close(self) -> None:
         """Ends the watching and closes the channel."""
@@ -138,7 +143,3 @@ class Domains:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
         await self._channel.close()
-
-
-def _to(name: str, *metadata: tuple[str, str]) -> tuple[tuple[str, str], ...]:
-    return ((SERVICE_HEADER, name), *metadata)

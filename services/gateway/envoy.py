@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
+from services.gateway.admission import SPACE, Keys
 from services.gateway.config import Address, GatewayConfig
 from services.gateway.descriptors import COMMON_SERVICES, REFLECTION, descriptor_set
 from services.gateway.filters import http_filters
@@ -37,12 +38,13 @@ ACCESS_LOG = {
     "bytes_out": "%BYTES_SENT%",
     "request_id": "%REQ(X-REQUEST-ID)%",
     "trace_id": "%TRACE_ID%",
+    "key": f"%DYNAMIC_METADATA({SPACE}:name)%",  # its name
 }
 
 
-def bootstrap(config: GatewayConfig, table: ServicesTable) -> Json:
+def bootstrap(config: GatewayConfig, table: ServicesTable, keys: Keys = None) -> Json:
     """Envoy's bootstrap: the public listener, the clusters, the admin interface and the connection limit."""
-    listeners = [_public_listener(config, table)]
+    listeners = [_public_listener(config, table, keys)]
     clusters = [_service_cluster(name, config.addresses[name], _buffer_bytes(table)) for name in table.services]
     clusters.append(_service_cluster(CATALOG, Address(LOOPBACK, config.catalog_port), _buffer_bytes(table)))
     if config.metrics_port:
@@ -74,16 +76,16 @@ def _buffer_bytes(table: ServicesTable) -> int:
     return json_bytes(table.gateway.max_message_bytes) + 64 * 1024
 
 
-def _public_listener(config: GatewayConfig, table: ServicesTable) -> Json:
+def _public_listener(config: GatewayConfig, table: ServicesTable, keys: Keys) -> Json:
     return {
         "name": "public",
         "address": _address(Address(config.gateway_host, config.gateway_port)),
         "per_connection_buffer_limit_bytes": _buffer_bytes(table),
-        "filter_chains": [{"filters": [_network_filter(_connection_manager(config, table))]}],
+        "filter_chains": [{"filters": [_network_filter(_connection_manager(config, table, keys))]}],
     }
 
 
-def _connection_manager(config: GatewayConfig, table: ServicesTable) -> Json:
+def _connection_manager(config: GatewayConfig, table: ServicesTable, keys: Keys) -> Json:
     limit = table.gateway.max_message_bytes
     return {
         **_typed("envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"),
@@ -113,6 +115,7 @@ def _connection_manager(config: GatewayConfig, table: ServicesTable) -> Json:
             cors_origins=config.cors_origins,
             max_message_bytes=limit,
             max_json_bytes=json_bytes(limit),
+            keys=keys,
         ),
     }
 

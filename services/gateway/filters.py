@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from services.gateway.admission import Keys, admission_filters
 from services.gateway.strict import lua_script
 
 Json = dict[str, Any]
 
-ADMIN_METHODS = (
-    "/usagi.model.v1.ModelService/LoadModel",
-    "/usagi.model.v1.ModelService/UnloadModel",
-    "/inference.GRPCInferenceService/RepositoryModelLoad",
-    "/inference.GRPCInferenceService/RepositoryModelUnload",
-)
 FRAME_BYTES = 5
 """gRPC's prefix of every message: one byte of flags, four of length."""
 
 
 def http_filters(
-    *, services: list[str], descriptors: str, cors_origins: str, max_message_bytes: int, max_json_bytes: int
+    *,
+    services: list[str],
+    descriptors: str,
+    cors_origins: str,
+    max_message_bytes: int,
+    max_json_bytes: int,
+    keys: Keys = None,
 ) -> list[Json]:
-    """All filters: origin check, gRPC-Web to gRPC, roles, strict JSON, JSON to gRPC, size limit, statistics, router.
+    """All filters: origins, gRPC-Web to gRPC, keys, rates, strict JSON, JSON to gRPC, size limit, statistics, router.
 
     Args:
         services: full names of the services that JSON can call.
@@ -29,11 +30,12 @@ def http_filters(
         cors_origins: regular expression of the web origins that may call.
         max_message_bytes: limit of one message.
         max_json_bytes: limit of one JSON body.
+        keys: who may call.
     """
     return [
         _filter("cors", "Cors"),
         _filter("grpc_web", "GrpcWeb"),
-        _filter("rbac", "RBAC", rules=_admin_rules(cors_origins)),
+        *admission_filters(keys, cors_origins),
         _filter("lua", "Lua", default_source_code={"inline_string": lua_script(services, max_message_bytes)}),
         _filter("grpc_json_transcoder", "GrpcJsonTranscoder", **_transcoder(services, descriptors, max_json_bytes)),
         # after the transcoder, so that it measures the message and not its JSON
@@ -57,28 +59,6 @@ def _transcoder(services: list[str], descriptors: str, max_json_bytes: int) -> J
         },
         "max_request_body_size": max_json_bytes,
         "max_response_body_size": max_json_bytes,
-    }
-
-
-def _admin_rules(cors_origins: str) -> Json:
-    """Denies admin methods to callers from elsewhere, and to foreign web pages that a local browser shows."""
-    loopback = [
-        {"direct_remote_ip": {"address_prefix": "127.0.0.0", "prefix_len": 8}},
-        {"direct_remote_ip": {"address_prefix": "::1", "prefix_len": 128}},
-    ]
-    elsewhere = {"not_id": {"or_ids": {"ids": loopback}}}
-    foreign_page = {
-        "and_ids": {
-            "ids": [
-                {"header": {"name": "origin", "present_match": True}},
-                {"not_id": {"header": {"name": "origin", "string_match": {"safe_regex": {"regex": cors_origins}}}}},
-            ]
-        }
-    }
-    permissions = [{"url_path": {"path": {"exact": method}}} for method in ADMIN_METHODS]
-    return {
-        "action": "DENY",
-        "policies": {"admin": {"permissions": permissions, "principals": [elsewhere, foreign_page]}},
     }
 
 

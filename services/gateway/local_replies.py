@@ -15,7 +15,9 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from services.gateway.admission import SPACE
 from shared.errors import DOMAIN
+from shared.roles import NEEDS_ADMIN
 
 GATEWAY_DOMAIN = f"gateway.{DOMAIN}"
 ORIGINAL_PATH = "x-envoy-original-path"
@@ -34,10 +36,12 @@ class Refusal:
         reason: google.rpc.ErrorInfo.reason.
         message: what is wrong and what to do. gRPC callers compare it with the details, so it holds no variable.
         flags: Envoy's response flags that mean it; empty means that `status` decides.
-        status: Envoy's HTTP status that means it, if there are no flags.
+        metadata: what keys.lua calls it; decides if it is set.
+        status: Envoy's HTTP status that means it, if there are neither flags nor metadata.
         or_above: every status from `status` on means it.
         http: HTTP status for JSON callers; 0 leaves Envoy's.
         retry_seconds: suggested delay before a retry; 0 means none is suggested.
+        quota: names what is used up, for google.rpc.QuotaFailure.
         verbatim: JSON callers see Envoy's own text, which names the place in their request.
     """
 
@@ -45,10 +49,12 @@ class Refusal:
     reason: str
     message: str
     flags: tuple[str, ...] = ()
+    metadata: str = ""
     status: int = 0
     or_above: bool = False
     http: int = 0
     retry_seconds: int = 0
+    quota: str = ""
     verbatim: bool = False
 
 
@@ -57,9 +63,32 @@ def refusals(max_message_bytes: int) -> tuple[Refusal, ...]:
     return (
         too_large(max_message_bytes),
         Refusal(
+            "UNAUTHENTICATED",
+            "KEY_MISSING",
+            "this call needs an API key; send it as the header `authorization: Bearer KEY`",
+            metadata="KEY_MISSING",
+            http=401,
+        ),
+        Refusal(
+            "UNAUTHENTICATED",
+            "KEY_UNKNOWN",
+            "this API key is not known here; it may be mistyped or revoked",
+            metadata="KEY_UNKNOWN",
+            http=401,
+        ),
+        Refusal(
+            "RESOURCE_EXHAUSTED",
+            "RATE_EXCEEDED",
+            "this API key has no calls left for now; its rate stands in x-ratelimit-limit, come back later",
+            status=429,
+            http=429,
+            retry_seconds=1,
+            quota="calls of this API key",
+        ),
+        Refusal(
             "PERMISSION_DENIED",
             "ADMIN_ONLY",
-            "this method needs the admin role; no keys are set, so it is open to callers on the gateway's machine only",
+            NEEDS_ADMIN,
             status=403,
             http=403,
         ),
@@ -137,6 +166,9 @@ def rich_status(kind: Refusal) -> status_pb2.Status:
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=kind.reason, domain=GATEWAY_DOMAIN)]
     if kind.retry_seconds:
         details.append(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=kind.retry_seconds)))
+    if kind.quota:
+        violation = error_details_pb2.QuotaFailure.Violation(subject=kind.quota, description=kind.message)
+        details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     return status_pb2.Status(code=_number(kind), message=kind.message, details=[_pack(detail) for detail in details])
 
 
@@ -179,6 +211,9 @@ def _json_mapper(kind: Refusal) -> Json:
     if kind.retry_seconds:
         retry = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{kind.retry_seconds}s"}
         details.append(retry)
+    if kind.quota:
+        violations = [{"subject": kind.quota, "description": kind.message}]
+        details.append({"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": violations})
     mapper: Json = {
         "filter": _matches(kind),
         "body_format_override": {"json_format": {"code": _number(kind), "message": message, "details": details}},
@@ -189,6 +224,9 @@ def _json_mapper(kind: Refusal) -> Json:
 def _matches(kind: Refusal) -> Json:
     if kind.flags:
         return {"response_flag_filter": {"flags": list(kind.flags)}}
+    if kind.metadata:
+        said = {"filter": SPACE, "path": [{"key": "refused"}], "value": {"string_match": {"exact": kind.metadata}}}
+        return {"metadata_filter": {"matcher": said, "match_if_key_not_found": False}}
     value = {"default_value": kind.status, "runtime_key": f"gateway.refusal.{kind.reason.lower()}"}
     return {"status_code_filter": {"comparison": {"op": "GE" if kind.or_above else "EQ", "value": value}}}
 

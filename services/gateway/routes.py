@@ -20,7 +20,7 @@ STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 SERVICE_HEADER = "usagi-service"
 REQUEST_HEADERS = (
     *("content-type", "x-grpc-web", "x-user-agent", "grpc-timeout"),
-    *(SERVICE_HEADER, "x-request-id", "traceparent"),
+    *(SERVICE_HEADER, "x-request-id", "traceparent", "authorization"),
 )
 RESPONSE_HEADERS = ("grpc-status", "grpc-message", "grpc-status-details-bin", "x-request-id", "usagi-unreachable")
 BODY_SIZE_LIMIT = "envoy.filters.http.body_size_limit"

@@ -1,5 +1,7 @@
 -- Runs inside Envoy, for what its own filters leave undone:
 --   * a JSON body with a field that the method's message does not have is refused; the transcoder would drop the field
+--   * a JSON call by another spelling of a method's path is refused; the transcoder would take one with a slash at the
+--     end, which no rule by path knows
 --   * a compressed gRPC message is refused: no limit holds for what it becomes (ADR 7)
 --   * a service's bare "message larger than max" gets the details that the gateway's own refusal has; which of the two
 --     sees the size first is a race
@@ -90,7 +92,12 @@ function envoy_on_request(handle)
   end
   local kind = headers:get("content-type")
   if kind and string.find(kind, "application/grpc", 1, true) == 1 then return end
-  local message = METHODS[string.match(headers:get(":path") or "", "^[^?]*")]
+  local path = string.match(headers:get(":path") or "", "^[^?]*")
+  if not string.find(path, "^/[%w_.]+/[%w_]+$") then
+    handle:respond({ [":status"] = "404" }, "")
+    return
+  end
+  local message = METHODS[path]
   local body = message and handle:body()
   if not body then return end
   local field = unknown_field(body:getBytes(0, body:length()), message)

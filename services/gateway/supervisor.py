@@ -19,7 +19,9 @@ from services.gateway.canaries import CanaryFile
 from services.gateway.catalog import Catalog
 from services.gateway.config import CANARY_FILE, GatewayConfig
 from services.gateway.envoy import LOOPBACK, bootstrap
+from services.gateway.live_keys import LiveKeys
 from services.gateway.live_routes import LiveRoutes
+from shared.api_keys import new_secret
 from shared.errors import UsagiError
 from shared.processes import die_with_parent
 from shared.services_table import ServicesTable
@@ -65,7 +67,8 @@ class Supervisor:
 
     def __init__(self, config: GatewayConfig, table: ServicesTable) -> None:
         self._config, self._table = config, table
-        self._catalog = Catalog(config, table)
+        self._catalog_secret = new_secret()
+        self._catalog = Catalog(config, table, self._catalog_secret)
 
     async def run(self) -> int:
         """Serves until SIGTERM or SIGINT, or until Envoy ends.
@@ -80,17 +83,20 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="usagi-gateway-") as folder:
             canaries = CanaryFile(Path(self._config.state_dir or folder) / CANARY_FILE)
             routes = LiveRoutes(Path(folder) / "live", canaries, self._table)
-            configuration = write_configuration(Path(folder), routes.take_over(bootstrap(self._config, self._table)))
+            keys = LiveKeys(Path(folder) / "keys", self._config, self._catalog_secret)
+            whole = bootstrap(self._config, self._table, keys.keys)
+            configuration = write_configuration(Path(folder), keys.take_over(routes.take_over(whole)))
             # before the catalog, since gRPC must not be forked; in its own session, so that Ctrl-C reaches us alone
             envoy = await asyncio.create_subprocess_exec(
                 *envoy_command(configuration), start_new_session=True, preexec_fn=die_with_parent
             )
-            following = asyncio.create_task(routes.follow())
+            following = [asyncio.create_task(each.follow()) for each in (routes, keys)]
             try:
                 await self._catalog.start()
                 return await self._serve(envoy, stop)
             finally:
-                following.cancel()
+                for task in following:
+                    task.cancel()
                 await self._catalog.stop()
                 await _end(envoy)
 

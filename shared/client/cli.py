@@ -73,24 +73,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_connection_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --target, --timeout and --json, the same for every sub-command that calls a service."""
+    """Adds --target, --timeout, --key and --json, the same for every sub-command that calls a service."""
     target = os.environ.get("USAGI_TARGET", DEFAULT_TARGET)
     parser.add_argument("--target", default=target, help="host:port of the gateway (default: %(default)s)")
     parser.add_argument(
         "--timeout", type=float, default=DEFAULT_TIMEOUT, help="deadline of a call in seconds (default: %(default)s)"
     )
+    parser.add_argument("--key", help="API key; better in the variable USAGI_KEY, where other users cannot see it")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line, instead of a table")
 
 
 def connect(options: argparse.Namespace, service: str | None = None) -> Connection:
     """The connection that the options of `add_connection_options` describe."""
-    return Connection(options.target, timeout=options.timeout, service=service)
+    return Connection(options.target, timeout=options.timeout, service=service, key=options.key)
 
 
 def _explain(error: CallFailed) -> str:
     lines = [f"usagi: {error.code} ({error.reason}): {error.message}"]
     if error.retry_after is not None:
         lines.append(f"       try again in {error.retry_after:.1f} s")
+    if error.code == "UNAUTHENTICATED":
+        lines.append("       set USAGI_KEY to your key; `usagi keys make NAME` makes one where the gateway runs")
     if "request_id" in error.metadata:
         lines.append(f"       request id {error.metadata['request_id']}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ proto says NO_SIDE_EFFECTS; a server's pushback is obeyed by gRPC itself.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,14 +55,20 @@ class Connection:
         target: `host:port` of the gateway, or of one service.
         timeout: default deadline of a call in seconds.
         service: domain for the calls that every service answers (ModelService, health); None asks the catalog.
+        key: the API key; None takes the variable USAGI_KEY.
     """
 
     def __init__(
-        self, target: str = DEFAULT_TARGET, *, timeout: float = DEFAULT_TIMEOUT, service: str | None = None
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        service: str | None = None,
+        key: str | None = None,
     ) -> None:
         self.target = target
         self.timeout = timeout
-        self.metadata = ((SERVICE_HEADER, service),) if service else ()
+        self.metadata = (*(((SERVICE_HEADER, service),) if service else ()), *key_metadata(key))
         self.channel = grpc.insecure_channel(target, options=channel_options())
 
     def __enter__(self) -> Connection:
@@ -96,6 +103,12 @@ class Connection:
             yield from method(requests, timeout=timeout or self.timeout, metadata=metadata)
         except grpc.RpcError as error:
             raise to_call_failed(error, self.target) from error
+
+
+def key_metadata(key: str | None = None) -> tuple[tuple[str, str], ...]:
+    """The header with an API key; nothing without one. None takes the variable USAGI_KEY."""
+    key = os.environ.get("USAGI_KEY", "") if key is None else key
+    return (("authorization", f"Bearer {key}"),) if key else ()
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:

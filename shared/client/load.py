@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import grpc
 from locust import User, constant_pacing
 
-from shared.client.connection import SERVICE_HEADER, CallFailed, channel_options, to_call_failed
+from shared.client.connection import SERVICE_HEADER, CallFailed, channel_options, key_metadata, to_call_failed
 
 DEADLINE_SECONDS = 10.0
 PACING_SECONDS = float(os.environ.get("USAGI_LOAD_PACING_SECONDS", "0.1"))
@@ -42,6 +42,7 @@ class GrpcUser(User):  # type: ignore[misc]
         options = dict(channel_options())
         options.update({"grpc.use_local_subchannel_pool": 1, "grpc.enable_retries": 0})
         self.target = target
+        self.metadata = ((SERVICE_HEADER, self.service), *key_metadata())
         self.channel = grpc.insecure_channel(target, options=list(options.items()))
 
     def on_stop(self) -> None:
@@ -69,7 +70,7 @@ class GrpcUser(User):  # type: ignore[misc]
         started = time.perf_counter()
         size, problem = 0, None
         try:
-            answer = method(request, timeout=DEADLINE_SECONDS, metadata=((SERVICE_HEADER, self.service),))
+            answer = method(request, timeout=DEADLINE_SECONDS, metadata=self.metadata)
             elapsed = time.perf_counter() - started
             size = answer.ByteSize()  # type: ignore[attr-defined]
             if refused_as is not None:

@@ -24,6 +24,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
+from shared.api_keys import LOCAL_FILE
 from shared.client.connection import SERVICE_HEADER
 from shared.errors import ConfigurationError, Unreachable
 from shared.processes import die_with_parent
@@ -67,8 +68,9 @@ def local_stack(logs: Path, *, free_ports: bool = False) -> Iterator[LocalStack]
         logs=logs,
     )
     try:
+        keys = {} if free_ports or "USAGI_KEYS_FILE" in os.environ else {"USAGI_KEYS_FILE": LOCAL_FILE}
         for name in table.services:
-            environment = {"USAGI_PORT": ports[name], "USAGI_METRICS_PORT": ports[f"{name}.metrics"]}
+            environment = {**keys, "USAGI_PORT": ports[name], "USAGI_METRICS_PORT": ports[f"{name}.metrics"]}
             _start(stack, name, f"services.{name}.serving", environment)
         upstreams = {f"USAGI_UPSTREAM_{name.upper()}": address for name, address in stack.addresses.items()}
         # a stack on free ports is a trial, which should neither see nor leave canaries
@@ -80,7 +82,7 @@ def local_stack(logs: Path, *, free_ports: bool = False) -> Iterator[LocalStack]
             "USAGI_CATALOG_PORT": ports["catalog"],
             "USAGI_METRICS_PORT": ports["gateway.metrics"],
         }
-        _start(stack, "gateway", "services.gateway", {**gateway, **upstreams})
+        _start(stack, "gateway", "services.gateway", {**keys, **gateway, **upstreams})
         _wait_until_serving(stack)
         yield stack
     finally:

@@ -27,6 +27,8 @@ class ServingConfig:
         providers: what runs the graphs, first the preferred one: `cpu`, `cuda`, `cuda,cpu`; see providers.py.
         upstreams: where the steps of pipelines find other domains: `local` (on this machine) or `network` (by name).
         max_message_bytes: limit of one message, the same in client, gateway and services.
+        keys_file: file of the API keys (shared/api_keys.py), for the administrative methods; empty for none.
+        keys_required: a missing file lets nobody use these, instead of callers on this machine.
         drain_seconds: after SIGTERM, how long to answer as before while the gateway notices NOT_SERVING.
         grace_seconds: how long running calls may take after that.
         reflection: whether to offer gRPC server reflection.
@@ -47,6 +49,8 @@ class ServingConfig:
     providers: str = "cpu"
     upstreams: str = "local"
     max_message_bytes: int = 16 * 1024 * 1024
+    keys_file: str = ""
+    keys_required: bool = False
     drain_seconds: float = 0.0
     grace_seconds: float = 20.0
     reflection: bool = True

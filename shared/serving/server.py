@@ -24,6 +24,7 @@ from usagi.model.v1 import model_service_pb2_grpc as model_grpc
 
 from shared.errors import ConfigurationError
 from shared.logs import configure_json
+from shared.serving.admin import AdminGate
 from shared.serving.config import ServingConfig
 from shared.serving.direct_calls import DirectInfer
 from shared.serving.engine import Engine
@@ -66,7 +67,8 @@ class ModelServer:
         Raises:
             ConfigurationError: the port is taken.
         """
-        handlers = CallHandlers(self.engine.telemetry, self.engine.repository.overload)
+        gate = AdminGate(self._config.keys_file, required=self._config.keys_required)
+        handlers = CallHandlers(self.engine.telemetry, self.engine.repository.overload, gate)
         registry: Any = handlers  # it takes registrations as a server does
         self._services = [*self._register(self.engine, registry), *COMMON_SERVICES]
         model_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.engine), registry)

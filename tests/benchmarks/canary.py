@@ -50,7 +50,7 @@ def child_named(parent: int, name: str) -> int:
     raise SystemExit(f"process {parent} has no child {name}")
 
 
-def call_many(stub, count, callers):
+def call_many(stub, count, callers, *metadata):
     """`count` calls, and the versions that answered."""
     request = pb.ModelInferRequest(model_name="affine")
     request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
@@ -59,7 +59,7 @@ def call_many(stub, count, callers):
 
     def some():
         for _ in range(count // callers):
-            answer = stub.ModelInfer(request, metadata=(("usagi-service", "vision"),), timeout=10)
+            answer = stub.ModelInfer(request, metadata=(("usagi-service", "vision"), *metadata), timeout=10)
             answered.add(answer.model_version)
 
     threads = [threading.Thread(target=some) for _ in range(callers)]

@@ -33,7 +33,7 @@ class StubVision(pb_grpc.VisionServiceServicer):
         metadata = dict(context.invocation_metadata())
         values = {
             "bytes": str(len(request.image)),
-            **{key: metadata.get(key, "") for key in ("x-request-id", "traceparent")},
+            **{key: metadata.get(key, "") for key in ("x-request-id", "traceparent", "authorization")},
         }
         labels = [pb.Classification(label=f"{key}={value}", probability=0.5) for key, value in values.items()]
         return pb.ClassifyImageResponse(classifications=labels, info=models.InferenceInfo(model=request.model))

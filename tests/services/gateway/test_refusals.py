@@ -117,7 +117,7 @@ def test_unknown_query_parameter(gateway):
     assert "nope" in json.loads(answer)["message"]
 
 
-@pytest.mark.parametrize("path", ["/", "/favicon.ico", "/usagi.vision.v1.VisionService/Nope"])
+@pytest.mark.parametrize("path", ["/", "/favicon.ico", "/usagi.vision.v1.VisionService/Nope", f"{CLASSIFY}/"])
 def test_unknown_path(gateway, path):
     status, _, answer = call_json(gateway.port, path, {})
     assert status == 404
@@ -207,6 +207,8 @@ def test_admin_methods_are_closed_to_other_machines(gateway):
         assert models_grpc.ModelServiceStub(outside).ListModels(models.ListModelsRequest(), metadata=VISION).models
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert error_of(caught).reason == "ADMIN_ONLY"
+    for path, refused in ((LOAD_MODEL, 403), (f"{LOAD_MODEL}/", 404)):
+        assert call_json(gateway.port, path, {}, host=address, **dict(VISION))[0] == refused
     _, headers, _ = call_web(gateway.port, LOAD_MODEL, models.LoadModelRequest(), host=address)
     assert headers["content-type"] == "application/grpc-web+proto"
     assert web_status(headers).code == grpc.StatusCode.PERMISSION_DENIED.value[0]

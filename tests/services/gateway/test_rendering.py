@@ -10,12 +10,13 @@ import pytest
 from services.gateway.__main__ import validate
 from services.gateway.config import Address, load_config
 from services.gateway.envoy import bootstrap
-from services.gateway.filters import ADMIN_METHODS
 from services.gateway.local_replies import refusals
 from services.gateway.prometheus import scrape_config
 from services.gateway.routes import CATALOG
 from services.gateway.strict import message_fields
+from shared.api_keys import digest, make_key, parse_rate
 from shared.errors import ConfigurationError
+from shared.roles import ADMIN_METHODS
 from shared.services_table import load_table
 
 ROOT = Path(__file__).parents[3]
@@ -33,7 +34,8 @@ def connection_manager(rendered):
 
 def http_filter(rendered, name):
     filters = connection_manager(rendered)["http_filters"]
-    return next(entry["typed_config"] for entry in filters if entry["name"] == f"envoy.filters.http.{name}")
+    names = (name, f"envoy.filters.http.{name}")
+    return next(entry["typed_config"] for entry in filters if entry["name"] in names)
 
 
 def endpoints(rendered):
@@ -51,6 +53,21 @@ def endpoints(rendered):
 def test_envoy_accepts_it_without_a_warning(upstreams, capfd):
     assert validate(load_config({"USAGI_UPSTREAMS": upstreams}, TABLE), TABLE) == 0
     assert "warning" not in capfd.readouterr().err
+
+
+KEYS = (make_key("alice", "infer", "one", parse_rate("100/s")), make_key("root", "admin", "two"))
+
+
+def test_envoy_accepts_keys_and_sees_no_secret():
+    config = load_config({}, TABLE)
+    for keys in ((), KEYS):
+        assert validate(config, TABLE, keys) == 0
+    rendered = json.dumps(bootstrap(config, TABLE, KEYS))
+    assert digest("one") in rendered
+    assert "Bearer one" not in rendered
+    (bucket,) = http_filter(bootstrap(config, TABLE, KEYS), "usagi.rates")["descriptors"]
+    assert bucket["entries"] == [{"key": "key", "value": "alice"}]
+    assert bucket["token_bucket"] == {"max_tokens": 100, "tokens_per_fill": 100, "fill_interval": "1s"}
 
 
 def test_every_service_has_its_cluster():
@@ -93,7 +110,7 @@ def test_buffers_hold_the_largest_message():
 
 
 def test_admin_methods_are_denied_from_elsewhere():
-    rules = http_filter(render(), "rbac")["rules"]
+    rules = http_filter(render(), "usagi.admission")["rules"]
     assert rules["action"] == "DENY"
     policy = rules["policies"]["admin"]
     assert [entry["url_path"]["path"]["exact"] for entry in policy["permissions"]] == list(ADMIN_METHODS)
