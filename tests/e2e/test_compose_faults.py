@@ -1,6 +1,5 @@
 """What the containers do when something breaks or stops: clear errors, quick recovery, no lost call."""
 
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,56 +7,12 @@ import grpc
 import pytest
 from usagi.vision.v1 import vision_service_pb2 as pb
 
+from tests.e2e.load import WORKERS, Load
 from tests.e2e.stack import Caller, refused
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(400)]
 
 RECOVERY_SECONDS = 10.0
-WORKERS = 16
-REFUSED_PAUSE_SECONDS = 0.05  # a refusal takes no time; without a pause they would be all that runs
-
-
-class Load:
-    """Calls in the background, each with its start in seconds and how it went.
-
-    Args:
-        target: the gateway.
-        rate: calls a second, started on time whether or not earlier ones are answered; None calls as fast as
-            `WORKERS` callers can.
-    """
-
-    def __init__(self, target, rate=None):
-        self.outcomes = []  # (started, ended, Refused or None)
-        self._target, self._rate = target, rate
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._work, args=(number,)) for number in range(WORKERS)]
-
-    def __enter__(self):
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _work(self, number):
-        pause = WORKERS / self._rate if self._rate else 0.0
-        due = time.monotonic() + number / WORKERS * pause
-        with Caller(self._target) as caller:
-            while not self._stop.wait(max(0.0, due - time.monotonic())):
-                started = time.monotonic()
-                outcome = caller.call(number)
-                ended = time.monotonic()
-                if outcome is not None:
-                    self._stop.wait(REFUSED_PAUSE_SECONDS)
-                self.outcomes.append((started, ended, outcome))
-                number += 1
-                due = max(due + pause, time.monotonic() - 1.0)
-
-    def failures(self):
-        return [outcome for _, _, outcome in self.outcomes if outcome is not None]
 
 
 def calls_logged(stack, container):
