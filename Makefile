@@ -4,6 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TLS ?=
 DOMAIN ?= vision
 MODEL ?= flowers-efficientnet-lite0
 SEED ?= 0
@@ -13,7 +14,7 @@ SEED ?= 0
 help:  ## this list
 	@printf 'Usagi: deep-learning microservices over gRPC\n\n'
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export, bench, canary, keys), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
+	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export, bench, canary, keys), TLS=1 (local, up, load), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
 
 # One environment in two layers: serving and client first (seconds), training and development on top (torch).
 .venv/.serve: pyproject.toml constraints.txt
@@ -34,7 +35,7 @@ demo: .venv/.serve  ## start everything without Docker, call every domain on rea
 	@$(BIN)/usagi demo
 
 local: .venv/.serve  ## run every service and the gateway on this machine until Ctrl-C
-	@$(BIN)/usagi local
+	@$(BIN)/usagi local $(if $(TLS),--tls)
 
 # tritonclient needs an older protobuf than ours, so it lives in an environment of its own.
 .venv-interop/.made: tests/interop/requirements.txt
@@ -64,9 +65,21 @@ train: .venv/.dev  ## train DOMAIN's model with SEED (resumes where it stopped);
 export: .venv/.dev  ## export, compress, measure, gate and publish it into var/models
 	@$(BIN)/python -m services.$(DOMAIN).training.export --seed $(SEED) $(ARGS)
 
+# With TLS=1 the gateway's own image makes the certificate, in the gateway's volume; clients get the authority.
+ifneq ($(TLS),)
+up observe load: export USAGI_TLS_CERT := /var/lib/usagi/gateway/tls/server.pem
+up observe load: var/tls/containers.crt
+.PHONY: var/tls/containers.crt
+endif
+var/tls/containers.crt:
+	@mkdir -p $(@D)
+	@docker compose run --rm --build --no-deps --interactive=false --no-TTY gateway tls make --print >$@.new
+	@mv $@.new $@
+
 up:  ## build and start the containers, wait until healthy, print the addresses
 	@docker compose up --detach --build --wait
 	@printf 'gateway  127.0.0.1:%s   gRPC, gRPC-Web and JSON\n' "$$(docker compose port gateway 8080 | sed 's/.*://')"
+	@$(if $(TLS),printf 'tls      usagi ... --ca var/tls/containers.crt\n')
 	@printf 'try      make install && .venv/bin/usagi vision classify tests/data/flowers/*.jpg\n'
 
 observe:  ## start Prometheus and Grafana beside the containers, print their addresses
@@ -87,7 +100,7 @@ logs:  ## follow the containers' logs
 	@docker compose logs --follow
 
 load:  ## load-test the running containers with locust
-	@docker compose --profile load run --rm --build load
+	@docker compose --profile load run --rm --build $(if $(TLS),--volume $(CURDIR)/var/tls/containers.crt:/run/ca.crt:ro --env USAGI_CA=/run/ca.crt) load
 
 protos: .venv/.dev  ## lint the protos and generate shared/gen from them
 	@deploy/lint_protos.sh

@@ -20,6 +20,7 @@ from services.gateway.envoy import bootstrap
 from services.gateway.keys_cli import add_keys_verbs
 from services.gateway.prometheus import scrape_config
 from services.gateway.supervisor import Supervisor, envoy_command, write_configuration
+from services.gateway.tls_cli import add_tls_verbs
 from shared.errors import UsagiError
 from shared.logs import configure_json
 from shared.services_table import ServicesTable, load_table
@@ -31,6 +32,7 @@ COMMANDS = {
     "prometheus": "print Prometheus' configuration",
     "canary": "spread a model's calls over its versions; `canary --help` explains",
     "keys": "make, list and revoke API keys; `keys --help` explains",
+    "tls": "make a certificate; `tls --help` explains",
     "dashboard": "print Grafana's dashboard",
 }
 
@@ -44,7 +46,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", nargs="?", default="serve", choices=COMMANDS)
-    if sys.argv[1:2] in (["canary"], ["keys"]):
+    if sys.argv[1:2] in (["canary"], ["keys"], ["tls"]):
         _verbs(sys.argv[1], sys.argv[2:])
     command = parser.parse_args().command
     table = load_table()
@@ -56,7 +58,7 @@ def main() -> None:
 
 def _verbs(command: str, arguments: list[str]) -> NoReturn:
     parser = argparse.ArgumentParser(prog=f"python -m services.gateway {command}")
-    {"canary": add_verbs, "keys": add_keys_verbs}[command](parser)
+    {"canary": add_verbs, "keys": add_keys_verbs, "tls": add_tls_verbs}[command](parser)
     options = parser.parse_args(arguments)
     try:
         sys.exit(options.command(options))

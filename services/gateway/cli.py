@@ -15,6 +15,7 @@ from services.gateway.canaries import STEPS, Canary, CanaryFile, NoCanary, find,
 from services.gateway.canary_status import addresses, status_lines
 from services.gateway.config import CANARY_FILE, load_config
 from services.gateway.keys_cli import add_keys_verbs
+from services.gateway.tls_cli import add_tls_verbs
 from shared.errors import InvalidInput
 from shared.services_table import load_table
 
@@ -22,9 +23,10 @@ DEFAULT_STATE = "var/gateway"
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `usagi canary` and `usagi keys`."""
+    """Adds `usagi canary`, `usagi keys` and `usagi tls`."""
     add_verbs(commands.add_parser("canary", help="spread a model's calls over its versions"))
     add_keys_verbs(commands.add_parser("keys", help="make, list and revoke API keys"))
+    add_tls_verbs(commands.add_parser("tls", help="make a certificate for the gateway"))
 
 
 def add_verbs(parser: argparse.ArgumentParser) -> None:

@@ -46,6 +46,8 @@ class GatewayConfig:
         drain_seconds: after SIGTERM, the longest wait for running calls.
         keys_file: file of the API keys (shared/api_keys.py). While there is none, no keys are set.
         keys_required: a missing file lets nobody in, instead of everybody.
+        tls_cert: PEM file with the certificate's chain; then callers from elsewhere must speak TLS (tls.py).
+        tls_key: PEM file with its key; empty if that stands in the same file.
         state_dir: folder of what outlasts the gateway: the canaries. Empty means that nothing does.
         log_level: DEBUG, INFO, WARNING or ERROR.
         addresses: upstream of each service, from `upstreams` and `USAGI_UPSTREAM_<SERVICE>=host:port`.
@@ -62,6 +64,8 @@ class GatewayConfig:
     drain_seconds: float = 20.0
     keys_file: str = ""
     keys_required: bool = False
+    tls_cert: str = ""
+    tls_key: str = ""
     state_dir: str = ""
     log_level: str = "INFO"
     addresses: Mapping[str, Address] = field(default_factory=dict)
@@ -83,6 +87,12 @@ class GatewayConfig:
             problems.append(f"USAGI_UPSTREAMS={self.upstreams!r} is not local or network")
         if self.log_level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
             problems.append(f"USAGI_LOG_LEVEL={self.log_level!r} is not DEBUG, INFO, WARNING or ERROR")
+        for name in ("tls_cert", "tls_key"):
+            path = getattr(self, name)
+            if path and not os.access(path, os.R_OK):
+                problems.append(f"USAGI_{name.upper()}={path} cannot be read; `usagi tls make` makes a certificate")
+        if self.tls_key and not self.tls_cert:
+            problems.append("USAGI_TLS_KEY is set and USAGI_TLS_CERT is not")
         if problems:
             raise ValueError("; ".join(problems))
 

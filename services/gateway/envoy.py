@@ -11,6 +11,7 @@ from services.gateway.descriptors import COMMON_SERVICES, REFLECTION, descriptor
 from services.gateway.filters import http_filters
 from services.gateway.local_replies import local_reply_config
 from services.gateway.routes import CATALOG, route_config
+from services.gateway.tls import filter_chains
 from services.gateway.tracing import otlp_cluster, runtime, tracing
 from shared.services_table import ServicesTable
 
@@ -81,7 +82,7 @@ def _public_listener(config: GatewayConfig, table: ServicesTable, keys: Keys) ->
         "name": "public",
         "address": _address(Address(config.gateway_host, config.gateway_port)),
         "per_connection_buffer_limit_bytes": _buffer_bytes(table),
-        "filter_chains": [{"filters": [_network_filter(_connection_manager(config, table, keys))]}],
+        **filter_chains([_network_filter(_connection_manager(config, table, keys))], config.tls_cert, config.tls_key),
     }
 
 

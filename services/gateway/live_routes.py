@@ -47,7 +47,7 @@ class LiveRoutes:
         resources = bootstrap["static_resources"]
         self._clusters = {cluster["name"]: cluster for cluster in resources["clusters"]}
         for listener in resources["listeners"]:
-            manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+            manager = listener["filter_chains"][0]["filters"][0]["typed_config"]  # with TLS, of both chains
             if manager["route_config"].get("name") != "calls":
                 continue
             self._routes = manager.pop("route_config")

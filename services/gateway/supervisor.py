@@ -21,6 +21,7 @@ from services.gateway.config import CANARY_FILE, GatewayConfig
 from services.gateway.envoy import LOOPBACK, bootstrap
 from services.gateway.live_keys import LiveKeys
 from services.gateway.live_routes import LiveRoutes
+from services.gateway.tls import watched
 from shared.api_keys import new_secret
 from shared.errors import UsagiError
 from shared.processes import die_with_parent
@@ -85,7 +86,8 @@ class Supervisor:
             routes = LiveRoutes(Path(folder) / "live", canaries, self._table)
             keys = LiveKeys(Path(folder) / "keys", self._config, self._catalog_secret)
             whole = bootstrap(self._config, self._table, keys.keys)
-            configuration = write_configuration(Path(folder), keys.take_over(routes.take_over(whole)))
+            whole = watched(keys.take_over(routes.take_over(whole)), Path(folder) / "tls")
+            configuration = write_configuration(Path(folder), whole)
             # before the catalog, since gRPC must not be forked; in its own session, so that Ctrl-C reaches us alone
             envoy = await asyncio.create_subprocess_exec(
                 *envoy_command(configuration), start_new_session=True, preexec_fn=die_with_parent

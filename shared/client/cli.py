@@ -73,19 +73,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_connection_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --target, --timeout, --key and --json, the same for every sub-command that calls a service."""
+    """Adds --target, --timeout, --key, --ca and --json, the same for every sub-command that calls a service."""
     target = os.environ.get("USAGI_TARGET", DEFAULT_TARGET)
     parser.add_argument("--target", default=target, help="host:port of the gateway (default: %(default)s)")
     parser.add_argument(
         "--timeout", type=float, default=DEFAULT_TIMEOUT, help="deadline of a call in seconds (default: %(default)s)"
     )
     parser.add_argument("--key", help="API key; better in the variable USAGI_KEY, where other users cannot see it")
+    parser.add_argument(
+        "--ca",
+        metavar="FILE",
+        help="speak TLS and trust this file, or `system` for public authorities (default: USAGI_CA; without it no TLS)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line, instead of a table")
 
 
 def connect(options: argparse.Namespace, service: str | None = None) -> Connection:
     """The connection that the options of `add_connection_options` describe."""
-    return Connection(options.target, timeout=options.timeout, service=service, key=options.key)
+    return Connection(options.target, timeout=options.timeout, service=service, key=options.key, ca=options.ca)
 
 
 def _explain(error: CallFailed) -> str:

@@ -20,12 +20,13 @@ from google.protobuf import descriptor_pb2
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from shared.errors import UsagiError
+from shared.errors import ConfigurationError, UsagiError
 
 DEFAULT_TARGET = "127.0.0.1:8080"
 DEFAULT_TIMEOUT = 30.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 SERVICE_HEADER = "usagi-service"
+SYSTEM_CA = "system"
 DESCRIPTOR_SET = Path(usagi.__file__).parents[1] / "usagi.binpb"
 _T = TypeVar("_T")
 
@@ -56,6 +57,11 @@ class Connection:
         timeout: default deadline of a call in seconds.
         service: domain for the calls that every service answers (ModelService, health); None asks the catalog.
         key: the API key; None takes the variable USAGI_KEY.
+        ca: speaks TLS and trusts this file of certificates (PEM), or with `system` what gRPC trusts by itself; None
+            takes the variable USAGI_CA, empty means no TLS.
+
+    Raises:
+        ConfigurationError: the file cannot be read.
     """
 
     def __init__(
@@ -65,11 +71,12 @@ class Connection:
         timeout: float = DEFAULT_TIMEOUT,
         service: str | None = None,
         key: str | None = None,
+        ca: str | None = None,
     ) -> None:
         self.target = target
         self.timeout = timeout
         self.metadata = (*(((SERVICE_HEADER, service),) if service else ()), *key_metadata(key))
-        self.channel = grpc.insecure_channel(target, options=channel_options())
+        self.channel = open_channel(target, channel_options(), ca)
 
     def __enter__(self) -> Connection:
         return self
@@ -103,6 +110,18 @@ class Connection:
             yield from method(requests, timeout=timeout or self.timeout, metadata=metadata)
         except grpc.RpcError as error:
             raise to_call_failed(error, self.target) from error
+
+
+def open_channel(target: str, options: list[tuple[str, Any]], ca: str | None = None) -> grpc.Channel:
+    """A channel, with TLS if `ca` or the variable USAGI_CA says so; see Connection."""
+    ca = os.environ.get("USAGI_CA", "") if ca is None else ca
+    if not ca:
+        return grpc.insecure_channel(target, options=options)
+    try:
+        roots = None if ca == SYSTEM_CA else Path(ca).read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"no certificates can be read from {ca}: {error.strerror}; see --ca") from error
+    return grpc.secure_channel(target, grpc.ssl_channel_credentials(roots), options=options)
 
 
 def key_metadata(key: str | None = None) -> tuple[tuple[str, str], ...]:

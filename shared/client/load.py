@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 import grpc
 from locust import User, constant_pacing
 
-from shared.client.connection import SERVICE_HEADER, CallFailed, channel_options, key_metadata, to_call_failed
+from shared.client.connection import (
+    SERVICE_HEADER,
+    CallFailed,
+    channel_options,
+    key_metadata,
+    open_channel,
+    to_call_failed,
+)
 
 DEADLINE_SECONDS = 10.0
 PACING_SECONDS = float(os.environ.get("USAGI_LOAD_PACING_SECONDS", "0.1"))
@@ -43,7 +50,7 @@ class GrpcUser(User):  # type: ignore[misc]
         options.update({"grpc.use_local_subchannel_pool": 1, "grpc.enable_retries": 0})
         self.target = target
         self.metadata = ((SERVICE_HEADER, self.service), *key_metadata())
-        self.channel = grpc.insecure_channel(target, options=list(options.items()))
+        self.channel = open_channel(target, list(options.items()))
 
     def on_stop(self) -> None:
         """Ends the connection."""

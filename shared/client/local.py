@@ -47,12 +47,13 @@ class LocalStack:
 
 
 @contextlib.contextmanager
-def local_stack(logs: Path, *, free_ports: bool = False) -> Iterator[LocalStack]:
+def local_stack(logs: Path, *, free_ports: bool = False, certificate: str = "") -> Iterator[LocalStack]:
     """Starts everything, waits until the gateway says SERVING for all domains, and stops everything at the end.
 
     Args:
         logs: folder for one log file a process.
         free_ports: take free ports instead of those of the table.
+        certificate: of the gateway, for TLS; callers on this machine may go without.
 
     Raises:
         ConfigurationError: a port of the table is taken.
@@ -81,6 +82,7 @@ def local_stack(logs: Path, *, free_ports: bool = False) -> Iterator[LocalStack]
             "USAGI_ADMIN_PORT": ports["admin"],
             "USAGI_CATALOG_PORT": ports["catalog"],
             "USAGI_METRICS_PORT": ports["gateway.metrics"],
+            **({"USAGI_TLS_CERT": certificate} if certificate else {}),
         }
         _start(stack, "gateway", "services.gateway", {**keys, **gateway, **upstreams})
         _wait_until_serving(stack)
@@ -166,6 +168,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds `usagi local` and `usagi demo`."""
     local = commands.add_parser("local", help="run every service and the gateway on this machine until Ctrl-C")
     local.add_argument("--logs", type=Path, default=Path("var/logs"), help="folder for logs (default: %(default)s)")
+    local.add_argument("--tls", action="store_true", help="the gateway speaks TLS, by a certificate in var/tls")
     local.set_defaults(command=_local)
     demo = commands.add_parser("demo", help="start everything, call every domain on real input, stop")
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder for pictures (default: %(default)s)")
@@ -182,10 +185,13 @@ def _local(options: argparse.Namespace) -> int:
     _end_at_sigterm()
     console = Console()
     with console.status("starting"), contextlib.ExitStack() as running:
-        stack = running.enter_context(local_stack(options.logs))
+        certificate = _certificate() if options.tls else ""
+        stack = running.enter_context(local_stack(options.logs, certificate=certificate))
         stay = running.pop_all()
     with stay:
         console.print(f"gateway  {stack.target}   gRPC, gRPC-Web and JSON   (logs in {options.logs})")
+        if certificate:
+            console.print(f"tls      usagi ... --ca {Path(certificate).with_name('ca.crt')}", markup=False)
         for name, address in stack.addresses.items():
             console.print(f"{name:8} {address}")
         console.print("try      usagi vision classify tests/data/flowers/*.jpg      Ctrl-C stops", markup=False)
@@ -195,6 +201,14 @@ def _local(options: argparse.Namespace) -> int:
             ended = [name for name, process in stack.processes.items() if process.poll() is not None]
             raise Unreachable(f"{', '.join(ended)} ended:\n{_tail(options.logs, ended[0])}")
     return 0
+
+
+def _certificate() -> str:
+    """Path of the gateway's certificate, which its own command makes."""
+    made = subprocess.run([sys.executable, "-m", "services.gateway", "tls", "make", "--folder", "var/tls"], check=False)
+    if made.returncode:
+        raise ConfigurationError("no certificate for TLS; the line above says why")
+    return "var/tls/server.pem"
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -13,11 +13,17 @@ INFER = "/inference.GRPCInferenceService/ModelInfer"
 LOAD_MODEL = "/usagi.model.v1.ModelService/LoadModel"
 
 
-def call_json(port, path, body, *, method="POST", host="127.0.0.1", **headers):
-    """Status, headers by lower-case name, and body. `body` is bytes or text as they are, or becomes JSON."""
+def call_json(port, path, body, *, method="POST", host="127.0.0.1", tls=None, **headers):
+    """Status, headers by lower-case name, and body. `body` is bytes or text as they are, or becomes JSON.
+
+    `tls` is an ssl.SSLContext.
+    """
     data = body if body is None or isinstance(body, (bytes, str)) else json.dumps(body)
     headers = {"content-type": "application/json", **headers}
-    connection = http.client.HTTPConnection(host, port, timeout=10)
+    if tls is None:
+        connection = http.client.HTTPConnection(host, port, timeout=10)
+    else:
+        connection = http.client.HTTPSConnection(host, port, timeout=10, context=tls)
     try:
         connection.request(method, path, data, headers)
         response = connection.getresponse()

@@ -50,6 +50,17 @@ def process(*arguments, **environment):
         output.close()
 
 
+def other_address():
+    """An address of this machine that is not loopback, or None; connecting a datagram socket sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return None
+        address = probe.getsockname()[0]
+    return None if address.startswith("127.") else address
+
+
 def stub(port):
     return process(STUB, port)
 

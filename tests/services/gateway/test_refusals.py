@@ -2,7 +2,6 @@
 
 import base64
 import json
-import socket
 
 import grpc
 import pytest
@@ -24,21 +23,11 @@ from tests.services.gateway.http_calls import (
     details_of,
     error_of,
 )
+from tests.services.gateway.processes import other_address
 
 LIMIT = 16 * 1024 * 1024
 VISION = (("usagi-service", "vision"),)
 FRAME = 8  # bytes of the image field's tag and length, with some to spare
-
-
-def other_address():
-    """An address of this machine that is not loopback, or None; connecting a datagram socket sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return None
-        address = probe.getsockname()[0]
-    return None if address.startswith("127.") else address
 
 
 def web_status(headers):
