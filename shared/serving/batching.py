@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from shared.serving.session import Array, Arrays, Session
 
 QUICK_SECONDS, QUICK_BYTES = 0.0002, 16_384
 """A run of less CPU, on inputs not larger, costs less than handing it to a thread and back: the event loop runs it."""
+
+TRANSIT_SECONDS = 0.05
+"""A caller's clock may end its call this much before ours, which began when the call arrived."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class BatchLimits:
 class BatchResult(NamedTuple):
     """The outputs of one request, views into the batch's arrays, and how they came about.
 
-    `exit_steps`: of a pipeline, the last step of each item.
+    `exit_steps`: of a pipeline, the last step of each item. `cached`: they come from another request's run and are
+    read-only.
     """
 
     outputs: dict[str, Array]
@@ -51,6 +55,7 @@ class BatchResult(NamedTuple):
     queue_seconds: float
     infer_seconds: float
     exit_steps: tuple[str, ...] = ()
+    cached: bool = False
 
 
 class BatchReport(NamedTuple):
@@ -90,6 +95,17 @@ class BatchObserver:
     def answered(self, times: BatchTimes) -> None:
         """A batch ran without a fault."""
 
+    def cached(
+        self, call: CallScope | None, kind: str, batch_size: int, lookup_seconds: float, queue_seconds: float
+    ) -> None:
+        """A request got what another one's run gave: `hit`, one before it, or `shared`, one that it waited for."""
+
+    def missed(self, seconds: float) -> None:
+        """A run's answer was kept for later; `seconds` are those of looking for it before and of keeping it."""
+
+    def forgotten(self) -> None:
+        """An answer that was kept made room for another."""
+
 
 class QueuedItem:
     """One request in the queue, and who waits for it.
@@ -127,7 +143,7 @@ class QueuedItem:
         raise NotImplementedError
 
 
-class _AwaitedItem(QueuedItem):
+class AwaitedItem(QueuedItem):
     """For whom a task waits."""
 
     __slots__ = ("future",)
@@ -137,12 +153,15 @@ class _AwaitedItem(QueuedItem):
         self.future: asyncio.Future[BatchResult] = asyncio.get_running_loop().create_future()
 
     def abandoned(self) -> bool:
+        """See QueuedItem."""
         return self.future.done()
 
     def answer(self, result: BatchResult) -> None:
+        """See QueuedItem."""
         self.future.set_result(result)
 
     def fail(self, error: Exception) -> None:
+        """See QueuedItem."""
         self.future.set_exception(error)
 
 
@@ -241,6 +260,9 @@ class ClosedSession:
         raise ModelUnavailable("the model was unloaded while the request waited")
 
 
+BatcherKind = TypeVar("BatcherKind", bound="Batcher")
+
+
 class Batcher:
     """The queue of one graph.
 
@@ -325,7 +347,7 @@ class Batcher:
         Raises:
             DeadlinePassed: the deadline passed before the item ran.
         """
-        item = _AwaitedItem(feeds, deadline, current_call.get())
+        item = AwaitedItem(feeds, deadline, current_call.get())
         self._queue[item] = None
         self._pool.schedule(self)
         try:
@@ -339,7 +361,12 @@ class Batcher:
         if item in self._queue:
             del self._queue[item]
             # gRPC cancels a call when its deadline passes, so look which of the two it was
-            self._observer.dropped("deadline" if time.monotonic() >= item.deadline else "cancelled")
+            late = time.monotonic() >= item.deadline - TRANSIT_SECONDS
+            self._observer.dropped("deadline" if late else "cancelled")
+
+    def renewed(self, kind: type[BatcherKind]) -> BatcherKind:
+        """An empty queue of another kind before the same graph; those who are in this one are answered by it."""
+        return kind(self._session, self._pool, self.limits, self._observer)
 
     def close(self) -> None:
         """Gives the session up; call it when no request is inside."""

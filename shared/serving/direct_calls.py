@@ -53,14 +53,14 @@ class DirectInfer:
         self.observer.received(len(message))
         self.repository.lease(served)
         call = DirectCall(self, scope, context, seen, served)
-        served.batcher.enter(call)
+        served.batcher.enter(call)  # may answer it right here
         return call
 
 
 class DirectCall(QueuedItem):
     """A call in a queue; it answers its caller itself."""
 
-    __slots__ = ("_context", "_direct", "_id", "_over", "_plan", "_scope", "_served")
+    __slots__ = ("_batcher", "_context", "_direct", "_id", "_over", "_plan", "_scope", "_served")
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class DirectCall(QueuedItem):
         super().__init__(seen.feeds, context.deadline, scope)
         self._direct, self._scope, self._context = direct, scope, context
         self._plan, self._served, self._id = seen.plan, served, seen.id
+        self._batcher = served.batcher  # the variant may get another one meanwhile
         self._over = False
 
     def abandoned(self) -> bool:
@@ -106,12 +107,12 @@ class DirectCall(QueuedItem):
         """The caller left, or the server ends: nobody waits any more."""
         if not self._over:
             self._over = True
-            self._served.batcher.withdraw(self)
+            self._batcher.withdraw(self)
             self._served.observer.request_failed(time.perf_counter() - self.enqueued)
             self._scope.finish("CANCELLED")
             self._leave()
 
     def _leave(self) -> None:
-        self._served.batcher.leave()
+        self._batcher.leave()
         self._direct.repository.release(self._served)
         self._context.release()

@@ -59,6 +59,8 @@ def model_config(entry: ModelVersion, manifest: Manifest, threads: int) -> confi
             for spec in manifest.outputs
         ],
     )
+    if entry.cache is not None:
+        config.response_cache.enable = True
     config.version_policy.all.SetInParent()
     config.instance_group.add(name=manifest.name, count=threads, kind=config_pb.ModelInstanceGroup.KIND_CPU)
     config.model_transaction_policy.decoupled = False
@@ -107,6 +109,8 @@ def model_statistics(entry: ModelVersion, statistics: ModelStatistics) -> pb.Mod
             compute_input=_duration(compute.input),
             compute_infer=_duration(compute.infer),
             compute_output=_duration(compute.output),
+            cache_hit=_duration(statistics.cache_hit),
+            cache_miss=_duration(statistics.cache_miss),
         ),
         batch_stats=[_batch(size, durations) for size, durations in sorted(statistics.by_batch_size.items())],
     )

@@ -71,6 +71,8 @@ def to_response(
     response = pb.ModelInferResponse(model_name=request.model_name, model_version=served.version, id=request.id)
     response.parameters["variant"].string_param = served.variant
     response.parameters["batch_size"].int64_param = result.batch_size
+    if result.cached:
+        response.parameters["cached"].bool_param = True
     if result.exit_steps:
         response.parameters["exit_step"].string_param = ",".join(result.exit_steps)
     for wanted in query.outputs:

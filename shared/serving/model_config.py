@@ -4,6 +4,8 @@
     versions = { latest = 2 }           # only the two newest that are not broken
     versions = { specific = [3, 7] }    # only these
 
+    cache = { megabytes = 64 }          # keep answers, 64 MB of 10^6 bytes at most; without it, none
+
 The manifest belongs to training and to one version; which versions answer is decided while serving, so it has a file of
 its own. Of several model roots the first that has the file counts.
 """
@@ -19,7 +21,7 @@ from typing import Any
 from shared.artifacts import ArtifactError
 
 CONFIG_NAME = "model.toml"
-_KEYS = ("versions",)
+_KEYS = ("versions", "cache")
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ class VersionPolicy:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What `model.toml` says; the defaults when there is none."""
+    """What `model.toml` says; the defaults when there is none. `cache_bytes` is 0 without a response cache."""
 
     versions: VersionPolicy = VersionPolicy()
+    cache_bytes: int = 0
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -67,7 +70,16 @@ def read_config(path: Path) -> ModelConfig:
     unknown = sorted(set(raw) - set(_KEYS))
     if unknown:
         raise ArtifactError(f"{path}: `{unknown[0]}` means nothing here, expected {' or '.join(_KEYS)}")
-    return ModelConfig(_policy(raw.get("versions", "all"), path))
+    return ModelConfig(_policy(raw.get("versions", "all"), path), _cache_bytes(raw.get("cache"), path))
+
+
+def _cache_bytes(raw: Any, path: Path) -> int:
+    if raw is None:
+        return 0
+    size = raw.get("megabytes") if isinstance(raw, Mapping) and len(raw) == 1 else None
+    if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < float("inf"):
+        raise ArtifactError(f"{path}: cache is {raw!r}, expected {{ megabytes = 64 }} with a number above 0")
+    return round(size * 1_000_000)
 
 
 def _policy(raw: Any, path: Path) -> VersionPolicy:

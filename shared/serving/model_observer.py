@@ -73,6 +73,8 @@ class ModelObserver(BatchObserver):
         batch_seconds: Histogram,
         rejected: Counter,
         dropped: Counter,
+        cache_requests: Counter,
+        cache_evictions: Counter,
         statistics: ModelStatistics,
     ) -> None:
         self.labels = labels
@@ -83,6 +85,7 @@ class ModelObserver(BatchObserver):
         self._names = dict(zip(("model", "version", "variant"), labels, strict=True))
         self._batch_size, self._batch_seconds = observer_of(batch_size), observer_of(batch_seconds)
         self._rejected, self._dropped = rejected, dropped
+        self._cache_requests, self._cache_evictions = cache_requests, cache_evictions
         self.statistics = statistics
 
     @contextmanager
@@ -129,6 +132,28 @@ class ModelObserver(BatchObserver):
     def answered(self, times: BatchTimes) -> None:
         """Adds a batch to the version's statistics."""
         self.statistics.add_batch(times)
+
+    def cached(
+        self, call: CallScope | None, kind: str, batch_size: int, lookup_seconds: float, queue_seconds: float
+    ) -> None:
+        """Counts a request that the cache answered."""
+        self._cache_requests.labels(*self.labels, kind).inc()
+        self.statistics.add_cached(lookup_seconds, queue_seconds)
+        self._queue.count(call, queue_seconds)
+        if call is not None:
+            call.answered_by = {**self._names, "batch": batch_size, "cached": True}
+            if call.span is not None:
+                waited = lookup_seconds + queue_seconds
+                call.span.stage("cache", time.perf_counter() - waited, waited, self._attributes)
+
+    def missed(self, seconds: float) -> None:
+        """Counts a run of a request that the cache did not know."""
+        self._cache_requests.labels(*self.labels, "miss").inc()
+        self.statistics.cache_miss.add(seconds)
+
+    def forgotten(self) -> None:
+        """Counts an answer that made room for another."""
+        self._cache_evictions.labels(*self.labels).inc()
 
     def _trace(self, tracing: Tracing, report: BatchReport) -> None:
         spans = [None if call is None else call.span for call in report.calls]

@@ -26,6 +26,7 @@ from shared.serving.batching import Batcher, ComputePool
 from shared.serving.memory import SessionMemory
 from shared.serving.model_config import CONFIG_NAME, ModelConfig, read_config
 from shared.serving.model_folders import FoundModel, FoundVersion, Scan, Stamp, scan
+from shared.serving.response_cache import ResponseCache
 from shared.serving.session import OnnxSession, Session
 from shared.serving.settling import SETTLE_SECONDS, Settling
 from shared.serving.shadowing import ShadowGate
@@ -65,6 +66,7 @@ class _Model:
     config: ModelConfig = field(default_factory=ModelConfig)
     config_stamp: Stamp | None = None
     config_problem: str = ""
+    cache: ResponseCache | None = None
     unloaded: bool = False
     forced: dict[int, bool] = field(default_factory=dict)
 
@@ -304,6 +306,8 @@ class ModelRepository:
             if entry.retired or entry.withdrawn:
                 served.batcher.close()
                 return
+            if entry.cache is not None:
+                served.keep_answers(entry.cache, self._telemetry)
             entry.loaded[variant] = served
             self._served[served] = entry
             self._uses += 1
@@ -353,6 +357,7 @@ class ModelRepository:
         del entry.loaded[served.variant]
         del self._served[served]
         self._telemetry.forget(*served.observer.labels)
+        served.forget_answers()
         served.retired = True
         if not served.leases:
             served.batcher.close()
@@ -451,6 +456,13 @@ class ModelRepository:
         except ArtifactError as error:  # what was said before holds
             model.config_problem = error.message
             log.error("model.toml ignored", extra={"model": model.name, "reason": error.message})
+        limit = model.config.cache_bytes
+        if limit != (model.cache.limit if model.cache else 0):
+            model.cache = ResponseCache(limit) if limit else None
+            for entry in model.versions:
+                for served in entry.loaded.values():
+                    served.keep_answers(model.cache, self._telemetry)
+                    self._announce(served)  # its queue is another one now
 
     @staticmethod
     def _warn(entry: ModelVersion, warning: str) -> None:
@@ -462,6 +474,7 @@ class ModelRepository:
     async def _settle(self, model: _Model, following: list[ModelVersion]) -> None:
         """Makes `following` the versions of `model`: checks and warms what is new first, then swaps in one step."""
         for entry in following:
+            entry.cache = model.cache
             if not entry.checked:
                 await self._check(entry)
         while newest := self._newest(model, following):  # each turn loads it, or finds it broken

@@ -44,7 +44,8 @@ class ModelStatistics:
     """The sums of one version.
 
     `inferences` counts rows and `executions` runs, so their ratio is the mean batch. `compute` counts each request
-    with its whole batch's time, `by_batch_size` each run once.
+    with its whole batch's time, `by_batch_size` each run once. What the cache answered is in `success`, `queue` and
+    `cache_hit` alone; `cache_miss` has the runs whose answer was looked for and kept.
     """
 
     inferences: int = 0
@@ -54,6 +55,8 @@ class ModelStatistics:
     fail: Duration = field(default_factory=Duration)
     queue: Duration = field(default_factory=Duration)
     compute: ComputeDurations = field(default_factory=ComputeDurations)
+    cache_hit: Duration = field(default_factory=Duration)
+    cache_miss: Duration = field(default_factory=Duration)
     by_batch_size: dict[int, ComputeDurations] = field(default_factory=dict)
 
     def add_batch(self, times: BatchTimes) -> None:
@@ -67,3 +70,9 @@ class ModelStatistics:
         if durations is None:
             durations = self.by_batch_size[times.rows] = ComputeDurations()
         durations.add(times, 1)
+
+    def add_cached(self, lookup_seconds: float, queue_seconds: float) -> None:
+        """Counts a request that another one's run answered."""
+        self.last_inference_ms = time.time_ns() // 1_000_000
+        self.cache_hit.add(lookup_seconds)
+        self.queue.add(queue_seconds)

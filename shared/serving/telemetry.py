@@ -97,9 +97,16 @@ class Telemetry:
         self.dropped = Counter(
             "usagi_dropped", "Items dropped while they waited.", (*MODEL, "reason"), registry=registry
         )
+        self.cache_requests = Counter(
+            "usagi_cache_requests", "Requests by what the response cache did.", (*MODEL, "result"), registry=registry
+        )
+        self.cache_evictions = Counter(
+            "usagi_cache_evictions", "Answers that made room for others.", MODEL, registry=registry
+        )
+        self.cache_bytes = Gauge("usagi_cache_bytes", "Bytes of the answers kept.", MODEL, registry=registry)
         self._kept = (
             *(self.stage_seconds, self.inference_seconds, self.batch_size, self.batch_seconds),
-            *(self.rejected, self.dropped),
+            *(self.rejected, self.dropped, self.cache_requests, self.cache_evictions),
         )
         self.queue_depth = Gauge("usagi_queue_depth", "Items that wait now.", MODEL, registry=registry)
         self.version_seconds = Histogram(
@@ -163,6 +170,8 @@ class Telemetry:
             batch_seconds=self.batch_seconds.labels(*labels),
             rejected=self.rejected,
             dropped=self.dropped,
+            cache_requests=self.cache_requests,
+            cache_evictions=self.cache_evictions,
             statistics=self.statistics(model, version),
         )
 
@@ -184,10 +193,19 @@ class Telemetry:
         self.load_seconds.labels(*labels).set(seconds)
         self.queue_depth.labels(*labels).set_function(depth)
 
+    def caching(self, labels: Labels, size: Callable[[], int]) -> None:
+        """A variant has a response cache; `size` gives the bytes of its answers."""
+        self.cache_bytes.labels(*labels).set_function(size)
+
+    def uncache(self, labels: Labels) -> None:
+        """A variant has no response cache any more, if it ever had."""
+        self.cache_bytes.remove_by_labels(dict(zip(MODEL, labels, strict=True)))
+
     def forget(self, model: str, version: str, variant: str) -> None:
         """A variant left memory: its gauges end now, its counters after KEPT_SERIES others have gone too."""
         for gauge in self._gauges:
             gauge.remove(model, version, variant)
+        self.uncache((model, version, variant))
         self._retired[(model, version, variant)] = None
         while len(self._retired) > KEPT_SERIES:
             oldest = next(iter(self._retired))

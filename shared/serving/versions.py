@@ -9,10 +9,12 @@ from pathlib import Path
 
 from shared.artifacts import CARD_NAME, ArtifactError, Manifest, check_size, read_manifest, verify_variant
 from shared.serving.batching import Batcher, BatchLimits, ComputePool
+from shared.serving.cached_batching import CachedBatcher
 from shared.serving.memory import SessionMemory, private_bytes, settle_before_measuring
 from shared.serving.model_folders import FoundVersion
 from shared.serving.model_observer import ModelObserver
 from shared.serving.plain_models import VARIANT, PlainModel, describe_plain
+from shared.serving.response_cache import ResponseCache
 from shared.serving.session import Arrays, OnnxSession, Session, zeros_for
 from shared.serving.telemetry import Telemetry
 
@@ -50,6 +52,22 @@ class ServedVariant:
         """The version as the API shows it."""
         return str(self.manifest.version)
 
+    def keep_answers(self, cache: ResponseCache | None, telemetry: Telemetry) -> None:
+        """From now on answers are kept in `cache`, or not at all; who waits already is answered as before."""
+        self.forget_answers()
+        telemetry.uncache(self.observer.labels)
+        if cache is not None:
+            section = cache.section(self.observer.forgotten)
+            self.batcher = self.batcher.renewed(CachedBatcher).keep_in(section)
+            telemetry.caching(self.observer.labels, lambda: section.bytes)
+        elif isinstance(self.batcher, CachedBatcher):
+            self.batcher = self.batcher.renewed(Batcher)
+
+    def forget_answers(self) -> None:
+        """Drops the answers that were kept, and those of runs that still go on."""
+        if isinstance(self.batcher, CachedBatcher):
+            self.batcher.section.drop()
+
 
 @dataclass(eq=False)
 class ModelVersion:
@@ -58,7 +76,8 @@ class ModelVersion:
     `auto` is the variant that `auto` means. `failure`, `withdrawn` and `warning` say in words why the version is
     broken, is not served, or serves although its folder cannot be read; `notice` tells of a `model.toml` that is wrong.
     `broken` holds the reason of each variant that cannot be loaded. `checked`, `warmed`: whether that was tried.
-    `plain` is set for a file without a manifest, `successor` once another one lies in its place.
+    `plain` is set for a file without a manifest, `successor` once another one lies in its place. `cache` keeps its
+    answers, if any.
     """
 
     name: str
@@ -77,6 +96,7 @@ class ModelVersion:
     loaded: dict[str, ServedVariant] = field(default_factory=dict)
     plain: PlainModel | None = None
     successor: ModelVersion | None = None
+    cache: ResponseCache | None = None
 
     @property
     def folder(self) -> Path:

@@ -131,12 +131,12 @@ class InferPlan:
     def answer(self, request_id: bytes, version: str, variant: str, result: BatchResult) -> bytes:
         """A serialised ModelInferResponse, with the fields that `to_response` sets."""
         arrays = [result.outputs[wanted.spec.name] for wanted in self.outputs]
-        key = (result.batch_size, version, variant, *[array.shape for array in arrays])
+        key = (result.batch_size, result.cached, version, variant, *[array.shape for array in arrays])
         head = self._answers.get(key)
         if head is None:
             if len(self._answers) >= MAX_ANSWERS:
                 self._answers.clear()
-            head = self._answers[key] = self._head(version, variant, result.batch_size, arrays)
+            head = self._answers[key] = self._head(version, variant, result, arrays)
         pieces: list[bytes | memoryview] = [head]
         if request_id:
             pieces += [length_prefix(_ID, len(request_id)), request_id]
@@ -147,10 +147,12 @@ class InferPlan:
             ]
         return b"".join(pieces)
 
-    def _head(self, version: str, variant: str, batch_size: int, arrays: list[Array]) -> bytes:
+    def _head(self, version: str, variant: str, result: BatchResult, arrays: list[Array]) -> bytes:
         response = pb.ModelInferResponse(model_name=self.model_name, model_version=version)
         response.parameters["variant"].string_param = variant
-        response.parameters["batch_size"].int64_param = batch_size
+        response.parameters["batch_size"].int64_param = result.batch_size
+        if result.cached:
+            response.parameters["cached"].bool_param = True
         for wanted, array in zip(self.outputs, arrays, strict=True):
             response.outputs.add(name=wanted.spec.name, datatype=datatype_of(wanted.spec.dtype), shape=array.shape)
         return response.SerializeToString()

@@ -51,6 +51,7 @@ class ClassifyAnswer:
     preprocess_seconds: float
     infer_seconds: float
     postprocess_seconds: float
+    cached: bool
 
 
 class ImageClassifier:
@@ -103,6 +104,7 @@ class ImageClassifier:
                 preprocess_seconds=preprocess_seconds,
                 infer_seconds=result.infer_seconds,
                 postprocess_seconds=postprocess_seconds,
+                cached=result.cached,
             )
 
     def _check_image_size(self, image: bytes) -> None:

@@ -90,5 +90,6 @@ def _response(answer: ClassifyAnswer) -> pb.ClassifyImageResponse:
             preprocess_seconds=answer.preprocess_seconds,
             infer_seconds=answer.infer_seconds,
             postprocess_seconds=answer.postprocess_seconds,
+            cached=answer.cached,
         ),
     )

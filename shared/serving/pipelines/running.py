@@ -131,6 +131,7 @@ class _Run:
         self._outputs: list[Tensors] = [{} for _ in self._plan.steps]
         self._ran: list[Mask] = [np.zeros(self._rows, np.bool_) for _ in self._plan.steps]
         self._batch = 0
+        self._cached: list[bool] = []
         self._queue_seconds = self._infer_seconds = 0.0
 
     async def run(self) -> BatchResult:
@@ -142,7 +143,8 @@ class _Run:
         outputs = {name: self._gather(source, None) for name, source in self._plan.outputs.items()}
         exits = self._exits()
         self._runner.observer.answered(BatchTimes(1, self._rows, self._queue_seconds, 0.0, self._infer_seconds, 0.0))
-        return BatchResult(outputs, self._batch, self._queue_seconds, self._infer_seconds, exits)
+        cached = bool(self._cached) and all(self._cached)
+        return BatchResult(outputs, self._batch, self._queue_seconds, self._infer_seconds, exits, cached)
 
     async def _step(self, index: int) -> None:
         step = self._plan.steps[index]
@@ -157,6 +159,7 @@ class _Run:
             raise named(ModelUnavailable(f"answers {shapes} for {items} items"), self._runner.name, step)
         self._outputs[index], self._ran[index] = result.outputs, wanted
         self._batch = max(self._batch, result.batch_size)
+        self._cached.append(result.cached)
         self._queue_seconds += result.queue_seconds
         self._infer_seconds += result.infer_seconds
 

@@ -84,7 +84,9 @@ class StepCaller:
             )
         except grpc.aio.AioRpcError as error:
             raise self._upstreams.failure(error, definition) from error
-        return BatchResult(_outputs(response, step), _batch_size(response), 0.0, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        cached = response.parameters["cached"].bool_param if "cached" in response.parameters else False
+        return BatchResult(_outputs(response, step), _batch_size(response), 0.0, seconds, cached=cached)
 
 
 def _batch_size(response: pb.ModelInferResponse) -> int:

@@ -93,6 +93,23 @@ def test_info_says_who_answered(client):
     assert info.queue_seconds >= 0
 
 
+def test_info_says_whether_the_cache_answered(tmp_path):
+    publish_colours(tmp_path, SETTINGS.to_dict())
+    (tmp_path / "vision/colours/model.toml").write_text("cache = { megabytes = 1 }")
+    config = VisionConfig(model_roots=(tmp_path,), default_classifier="colours", threads=1)
+    with (
+        running_server("vision", config, registration(config)) as running,
+        Connection(running.address) as connection,
+    ):
+        client = VisionClient(connection)
+        answers = [client.classify(encode(RED), Selection(top_k=count)) for count in (3, 3, 1)]
+        assert [answer.info.cached for answer in answers] == [False, True, True]
+        assert [len(answer.classifications) for answer in answers] == [3, 3, 1]
+        assert answers[0].classifications == answers[1].classifications
+        assert (answers[1].info.infer_seconds, answers[1].info.queue_seconds) == (0.0, 0.0)
+        assert not client.classify(encode(RED), Selection(variant="fp32")).info.cached
+
+
 def test_a_pipeline_classifies_and_says_which_step_did(client):
     sure = client.classify(encode(RED), Selection("cascade"))  # int8's logits are 20, 0, 0
     assert (sure.classifications[0].label, sure.info.model, sure.info.variant) == ("red", "cascade", "fast")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"usagi/model/v1/model_service.proto\x12\x0eusagi.model.v1\"\xbb\x01\n\rInferenceInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\x12\n\nbatch_size\x18\x04 \x01(\x05\x12\x15\n\rqueue_seconds\x18\x05 \x01(\x01\x12\x1a\n\x12preprocess_seconds\x18\x06 \x01(\x01\x12\x15\n\rinfer_seconds\x18\x07 \x01(\x01\x12\x1b\n\x13postprocess_seconds\x18\x08 \x01(\x01\";\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\"\xef\x01\n\x07Variant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x35\n\x07metrics\x18\x04 \x03(\x0b\x32$.usagi.model.v1.Variant.MetricsEntry\x12\x11\n\tmax_batch\x18\x05 \x01(\x05\x12\x15\n\rwithin_budget\x18\x06 \x01(\x08\x12\x0e\n\x06loaded\x18\x07 \x01(\x08\x12\x11\n\tproviders\x18\x08 \x03(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa9\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07service\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\x12)\n\x05state\x18\x06 \x01(\x0e\x32\x1a.usagi.model.v1.ModelState\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12*\n\x06inputs\x18\x08 \x03(\x0b\x32\x1a.usagi.model.v1.TensorSpec\x12+\n\x07outputs\x18\t \x03(\x0b\x32\x1a.usagi.model.v1.TensorSpec\x12\x0e\n\x06labels\x18\n \x03(\t\x12)\n\x08variants\x18\x0b \x03(\x0b\x32\x17.usagi.model.v1.Variant\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.usagi.model.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"]\n\x10GetModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.usagi.model.v1.Model\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\t\x12\x15\n\rmanifest_json\x18\x03 \x01(\t\"B\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\"J\n\x11LoadModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.usagi.model.v1.Model\x12\x0f\n\x07replica\x18\x02 \x01(\t\"3\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"&\n\x13UnloadModelResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t*\x8d\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11MODEL_STATE_READY\x10\x01\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x02\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\xe6\x02\n\x0cModelService\x12X\n\nListModels\x12!.usagi.model.v1.ListModelsRequest\x1a\".usagi.model.v1.ListModelsResponse\"\x03\x90\x02\x01\x12R\n\x08GetModel\x12\x1f.usagi.model.v1.GetModelRequest\x1a .usagi.model.v1.GetModelResponse\"\x03\x90\x02\x01\x12P\n\tLoadModel\x12 .usagi.model.v1.LoadModelRequest\x1a!.usagi.model.v1.LoadModelResponse\x12V\n\x0bUnloadModel\x12\".usagi.model.v1.UnloadModelRequest\x1a#.usagi.model.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"usagi/model/v1/model_service.proto\x12\x0eusagi.model.v1\"\xcb\x01\n\rInferenceInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\x12\n\nbatch_size\x18\x04 \x01(\x05\x12\x15\n\rqueue_seconds\x18\x05 \x01(\x01\x12\x1a\n\x12preprocess_seconds\x18\x06 \x01(\x01\x12\x15\n\rinfer_seconds\x18\x07 \x01(\x01\x12\x1b\n\x13postprocess_seconds\x18\x08 \x01(\x01\x12\x0e\n\x06\x63\x61\x63hed\x18\t \x01(\x08\";\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\"\xef\x01\n\x07Variant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x35\n\x07metrics\x18\x04 \x03(\x0b\x32$.usagi.model.v1.Variant.MetricsEntry\x12\x11\n\tmax_batch\x18\x05 \x01(\x05\x12\x15\n\rwithin_budget\x18\x06 \x01(\x08\x12\x0e\n\x06loaded\x18\x07 \x01(\x08\x12\x11\n\tproviders\x18\x08 \x03(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa9\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07service\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\x12)\n\x05state\x18\x06 \x01(\x0e\x32\x1a.usagi.model.v1.ModelState\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12*\n\x06inputs\x18\x08 \x03(\x0b\x32\x1a.usagi.model.v1.TensorSpec\x12+\n\x07outputs\x18\t \x03(\x0b\x32\x1a.usagi.model.v1.TensorSpec\x12\x0e\n\x06labels\x18\n \x03(\t\x12)\n\x08variants\x18\x0b \x03(\x0b\x32\x17.usagi.model.v1.Variant\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.usagi.model.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"]\n\x10GetModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.usagi.model.v1.Model\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\t\x12\x15\n\rmanifest_json\x18\x03 \x01(\t\"B\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\"J\n\x11LoadModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.usagi.model.v1.Model\x12\x0f\n\x07replica\x18\x02 \x01(\t\"3\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"&\n\x13UnloadModelResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t*\x8d\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11MODEL_STATE_READY\x10\x01\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x02\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\xe6\x02\n\x0cModelService\x12X\n\nListModels\x12!.usagi.model.v1.ListModelsRequest\x1a\".usagi.model.v1.ListModelsResponse\"\x03\x90\x02\x01\x12R\n\x08GetModel\x12\x1f.usagi.model.v1.GetModelRequest\x1a .usagi.model.v1.GetModelResponse\"\x03\x90\x02\x01\x12P\n\tLoadModel\x12 .usagi.model.v1.LoadModelRequest\x1a!.usagi.model.v1.LoadModelResponse\x12V\n\x0bUnloadModel\x12\".usagi.model.v1.UnloadModelRequest\x1a#.usagi.model.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,34 +37,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELSERVICE'].methods_by_name['ListModels']._serialized_options = b'\220\002\001'
   _globals['_MODELSERVICE'].methods_by_name['GetModel']._loaded_options = None
   _globals['_MODELSERVICE'].methods_by_name['GetModel']._serialized_options = b'\220\002\001'
-  _globals['_MODELSTATE']._serialized_start=1376
-  _globals['_MODELSTATE']._serialized_end=1517
+  _globals['_MODELSTATE']._serialized_start=1392
+  _globals['_MODELSTATE']._serialized_end=1533
   _globals['_INFERENCEINFO']._serialized_start=55
-  _globals['_INFERENCEINFO']._serialized_end=242
-  _globals['_TENSORSPEC']._serialized_start=244
-  _globals['_TENSORSPEC']._serialized_end=303
-  _globals['_VARIANT']._serialized_start=306
-  _globals['_VARIANT']._serialized_end=545
-  _globals['_VARIANT_METRICSENTRY']._serialized_start=499
-  _globals['_VARIANT_METRICSENTRY']._serialized_end=545
-  _globals['_MODEL']._serialized_start=548
-  _globals['_MODEL']._serialized_end=845
-  _globals['_LISTMODELSREQUEST']._serialized_start=847
-  _globals['_LISTMODELSREQUEST']._serialized_end=905
-  _globals['_LISTMODELSRESPONSE']._serialized_start=907
-  _globals['_LISTMODELSRESPONSE']._serialized_end=991
-  _globals['_GETMODELREQUEST']._serialized_start=993
-  _globals['_GETMODELREQUEST']._serialized_end=1041
-  _globals['_GETMODELRESPONSE']._serialized_start=1043
-  _globals['_GETMODELRESPONSE']._serialized_end=1136
-  _globals['_LOADMODELREQUEST']._serialized_start=1138
-  _globals['_LOADMODELREQUEST']._serialized_end=1204
-  _globals['_LOADMODELRESPONSE']._serialized_start=1206
-  _globals['_LOADMODELRESPONSE']._serialized_end=1280
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1282
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1333
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1335
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1373
-  _globals['_MODELSERVICE']._serialized_start=1520
-  _globals['_MODELSERVICE']._serialized_end=1878
+  _globals['_INFERENCEINFO']._serialized_end=258
+  _globals['_TENSORSPEC']._serialized_start=260
+  _globals['_TENSORSPEC']._serialized_end=319
+  _globals['_VARIANT']._serialized_start=322
+  _globals['_VARIANT']._serialized_end=561
+  _globals['_VARIANT_METRICSENTRY']._serialized_start=515
+  _globals['_VARIANT_METRICSENTRY']._serialized_end=561
+  _globals['_MODEL']._serialized_start=564
+  _globals['_MODEL']._serialized_end=861
+  _globals['_LISTMODELSREQUEST']._serialized_start=863
+  _globals['_LISTMODELSREQUEST']._serialized_end=921
+  _globals['_LISTMODELSRESPONSE']._serialized_start=923
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1007
+  _globals['_GETMODELREQUEST']._serialized_start=1009
+  _globals['_GETMODELREQUEST']._serialized_end=1057
+  _globals['_GETMODELRESPONSE']._serialized_start=1059
+  _globals['_GETMODELRESPONSE']._serialized_end=1152
+  _globals['_LOADMODELREQUEST']._serialized_start=1154
+  _globals['_LOADMODELREQUEST']._serialized_end=1220
+  _globals['_LOADMODELRESPONSE']._serialized_start=1222
+  _globals['_LOADMODELRESPONSE']._serialized_end=1296
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1298
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1349
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1351
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1389
+  _globals['_MODELSERVICE']._serialized_start=1536
+  _globals['_MODELSERVICE']._serialized_end=1894
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,7 @@ class InferenceInfo(_message.Message):
     PREPROCESS_SECONDS_FIELD_NUMBER: _builtins.int
     INFER_SECONDS_FIELD_NUMBER: _builtins.int
     POSTPROCESS_SECONDS_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model that answered."""
     version: _builtins.str
@@ -72,7 +73,9 @@ class InferenceInfo(_message.Message):
     variant: _builtins.str
     """Variant of the weights that answered: `fp32`, `int8` and so on; never `auto`."""
     batch_size: _builtins.int
-    """Number of items that ran in the same batch as this request, this request's own included; at least 1."""
+    """Number of items that ran in the same batch as this request, this request's own included; at least 1. Of a cached
+    answer, in the batch that gave it.
+    """
     queue_seconds: _builtins.float
     """Seconds that the request waited in the batcher's queue."""
     preprocess_seconds: _builtins.float
@@ -81,6 +84,10 @@ class InferenceInfo(_message.Message):
     """Seconds in ONNX Runtime, for the whole batch."""
     postprocess_seconds: _builtins.float
     """Seconds of postprocessing."""
+    cached: _builtins.bool
+    """Whether the outputs come from another request's run: one that the response cache kept (then the seconds of queue and
+    ONNX Runtime are 0), or one with the same inputs at the same time.
+    """
     def __init__(
         self,
         *,
@@ -92,10 +99,11 @@ class InferenceInfo(_message.Message):
         preprocess_seconds: _builtins.float = ...,
         infer_seconds: _builtins.float = ...,
         postprocess_seconds: _builtins.float = ...,
+        cached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "infer_seconds", b"infer_seconds", "model", b"model", "postprocess_seconds", b"postprocess_seconds", "preprocess_seconds", b"preprocess_seconds", "queue_seconds", b"queue_seconds", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "cached", b"cached", "infer_seconds", b"infer_seconds", "model", b"model", "postprocess_seconds", b"postprocess_seconds", "preprocess_seconds", b"preprocess_seconds", "queue_seconds", b"queue_seconds", "variant", b"variant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
