@@ -20,13 +20,13 @@ help:  ## this list
 .venv/.serve: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo 'setting up the environment (serving)'
-	@$(PIP) --editable '.[cpu,vision,gateway,client]'
+	@$(PIP) --editable '.[cpu,vision,nlp,gateway,client]'
 	@touch $@
 
 .venv/.dev: .venv/.serve
 	@echo 'setting up the environment (training and development)'
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable '.[cpu,vision,gateway,client,load,train,dev]'
+	@$(PIP) --editable '.[cpu,vision,nlp,gateway,client,load,train,dev]'
 	@touch $@
 
 install: .venv/.dev  ## the whole environment in .venv
@@ -54,7 +54,7 @@ fuzz: .venv/.dev  ## 10,000 hostile calls, memory over 10,000 right ones, broken
 	@$(BIN)/python -m pytest tests/fuzz/every_rpc.py tests/fuzz/memory.py tests/fuzz/hostile.py
 
 verify: .venv/.dev  ## evaluate every shipped model again and compare with its manifest
-	@$(BIN)/python -m services.vision.training.evaluate --root deploy/models
+	@set -e; for domain in vision nlp; do $(BIN)/python -m services.$$domain.training.evaluate --root deploy/models; done
 
 reproduce: .venv/.dev  ## make MODEL again by the command in its manifest, and compare
 	@$(BIN)/python -m shared.training.reproduce $(MODEL)

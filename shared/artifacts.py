@@ -64,6 +64,14 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Asset:
+    """A file that all variants of a version need besides their graph, such as a vocabulary."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class TrainingRecord:
     """How the model came to be: enough to make it again."""
 
@@ -83,7 +91,7 @@ class Manifest:
     """What a model version is.
 
     `preprocessing` holds the parameters of the service's own preprocess module. `batched` is false for a graph whose
-    requests must run alone.
+    requests must run alone. `measure` names the variants' metric that is the task's own; `assets` are files by name.
     """
 
     service: str
@@ -100,6 +108,8 @@ class Manifest:
     training: TrainingRecord | None = None
     format: int = FORMAT
     batched: bool = True
+    measure: str = "accuracy"
+    assets: Mapping[str, Asset] = field(default_factory=dict)
 
     @property
     def batchable(self) -> bool:
@@ -151,6 +161,7 @@ def parse_manifest(text: str, *, origin: str = "manifest") -> Manifest:
                 "outputs": tuple(_tensor_spec(spec) for spec in raw["outputs"]),
                 "variants": {name: Variant(**variant) for name, variant in raw["variants"].items()},
                 "labels": tuple(raw.get("labels", ())),
+                "assets": {name: Asset(**asset) for name, asset in raw.get("assets", {}).items()},
                 "training": TrainingRecord(**training) if training else None,
             }
         )
@@ -231,6 +242,26 @@ def verify_variant(folder: Path, variant: Variant) -> Path:
     return path
 
 
+def read_assets(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The assets of a version by name, each checked by its SHA-256.
+
+    Raises:
+        ArtifactError: one is missing, or not the file that the manifest was written for.
+    """
+    contents: dict[str, bytes] = {}
+    for name, asset in manifest.assets.items():
+        path = folder / name
+        if path.parent != folder:
+            raise ArtifactError(f"{folder}: asset `{name}` must be a plain name inside the version's folder")
+        try:
+            contents[name] = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {error}; publish the model version again") from error
+        if hashlib.sha256(contents[name]).hexdigest() != asset.sha256:
+            raise ArtifactError(f"{path} is not the file of its manifest; publish the model version again")
+    return contents
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes a file so that readers see the old content or the new, never a part; syncs file and folder."""
     data = content.encode() if isinstance(content, str) else content
@@ -278,6 +309,7 @@ def publish(root: Path, manifest: Manifest, fill: Callable[[Path], None]) -> Pat
         fill(staging)
         for variant in manifest.variants.values():
             verify_variant(staging, variant)
+        read_assets(staging, manifest)
         write_atomically(staging / MANIFEST_NAME, manifest.to_json())
         for path in staging.iterdir():
             path.chmod(0o644)

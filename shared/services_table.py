@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.errors import ConfigurationError
+
+ONLY = "USAGI_SERVICES"
 TABLE = Path(__file__).resolve().parents[1] / "services" / "services.toml"
 
 
@@ -54,12 +58,25 @@ class ServicesTable:
     services: dict[str, Service]
 
 
-def load_table(path: Path = TABLE) -> ServicesTable:
-    """Reads the table; a missing or unknown key is a TypeError that names it."""
+def load_table(path: Path = TABLE, only: str | None = None) -> ServicesTable:
+    """Reads the table; a missing or unknown key is a TypeError that names it.
+
+    Args:
+        path: the table.
+        only: names of the services that this deployment has, separated by spaces; the variable `USAGI_SERVICES` if not
+            given. Empty means all.
+
+    Raises:
+        ConfigurationError: a name is not in the table.
+    """
     content = tomllib.loads(path.read_text(encoding="utf-8"))
     services = {
         name: _service(name, {**content["defaults"], **row}) for name, row in content.get("services", {}).items()
     }
+    chosen = (os.environ.get(ONLY, "") if only is None else only).split()
+    if unknown := sorted(set(chosen) - set(services)):
+        raise ConfigurationError(f"{ONLY} names {', '.join(unknown)}, expected some of {', '.join(services)}")
+    services = {name: service for name, service in services.items() if not chosen or name in chosen}
     gateway = Gateway(**{"metrics_port": content["defaults"]["metrics_port"], **content["gateway"]})
     return ServicesTable(gateway=gateway, services=services)
 

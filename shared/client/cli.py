@@ -19,12 +19,14 @@ from usagi.model.v1 import model_service_pb2 as pb
 from shared.client.connection import DEFAULT_TARGET, DEFAULT_TIMEOUT, CallFailed, Connection
 from shared.client.models import ModelsClient
 from shared.errors import UsagiError
+from shared.measures import MEASURES
 from shared.services_table import load_table
 
 Command = Callable[[argparse.Namespace], int]
 
 EPILOG = """examples:
   usagi vision classify tests/data/flowers/*.jpg     classify photos
+  usagi nlp translate "show your own business ."     translate into Japanese
   usagi models                                       every model of every service
   usagi models flowers-efficientnet-lite0            one model's card
   usagi local                                        run everything on this machine, without Docker
@@ -127,7 +129,7 @@ def _models(options: argparse.Namespace) -> int:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     table.add_column("variant")
-    for heading in ("accuracy", "p50 ms", "MB"):
+    for heading in ("quality", "p50 ms", "MB"):
         table.add_column(heading, justify="right")
     table.add_column("state", overflow="fold")
     for model in models:
@@ -139,7 +141,7 @@ def _models(options: argparse.Namespace) -> int:
             table.add_row(
                 name if row == 0 else "",
                 variant.name,
-                _figure(variant, "accuracy", 4),
+                _quality(variant),
                 _figure(variant, "latency_p50_ms", 1),
                 f"{variant.size_bytes / 1e6:.1f}",
                 f"{state}, in memory{_device(variant)}" if variant.loaded else state,
@@ -152,6 +154,11 @@ def _device(variant: pb.Variant) -> str:
     """The processor that runs it, where that is not the CPU."""
     first = next(iter(variant.providers), "CPU").removesuffix("ExecutionProvider")
     return "" if first == "CPU" else f" of {first}"
+
+
+def _quality(variant: pb.Variant) -> str:
+    known = [measure for name, measure in MEASURES.items() if name in variant.metrics]
+    return f"{known[0].name} {known[0].text(variant.metrics[known[0].name])}" if known else ""
 
 
 def _figure(variant: pb.Variant, metric: str, digits: int) -> str:

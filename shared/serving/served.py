@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -40,6 +40,10 @@ class Served(Protocol):
     @property
     def batcher(self) -> Queue:
         """Takes its requests."""
+
+    @property
+    def assets(self) -> Mapping[str, bytes]:
+        """Contents of the version's assets, by name."""
 
     @property
     def observer(self) -> ModelObserver:

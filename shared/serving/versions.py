@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from shared.artifacts import CARD_NAME, ArtifactError, Manifest, check_size, read_manifest, verify_variant
+from shared.artifacts import CARD_NAME, ArtifactError, Manifest, check_size, read_assets, read_manifest, verify_variant
 from shared.serving.batching import Batcher, BatchLimits, ComputePool
 from shared.serving.cached_batching import CachedBatcher
 from shared.serving.memory import SessionMemory, private_bytes, settle_before_measuring
@@ -30,7 +30,7 @@ class State(Enum):
 
 @dataclass(eq=False)
 class ServedVariant:
-    """A variant in memory: its manifest, its batcher, its observer.
+    """A variant in memory: its manifest, its batcher, its observer, and the contents of its version's assets.
 
     `providers` are its session's. `leases` counts the requests that use it, `used` is the repository's tick of the last
     one's end, `memory` its bytes by the ledger of memory.py. Once `retired`, it is closed after the last lease.
@@ -41,6 +41,7 @@ class ServedVariant:
     batcher: Batcher
     observer: ModelObserver
     providers: tuple[str, ...] = ()
+    assets: Mapping[str, bytes] = field(default_factory=dict)
     memory: int = 0
     load_seconds: float = 0.0
     leases: int = 0
@@ -189,6 +190,7 @@ class Opener:
             raise ArtifactError(f"{entry.folder} has no manifest that can be read")
         variant = manifest.variants[name]
         path = verify_variant(entry.folder, variant)
+        assets = read_assets(entry.folder, manifest)
         max_batch = variant.max_batch if manifest.batchable else 1
         before = settle_before_measuring()
         try:
@@ -203,7 +205,7 @@ class Opener:
         limits = BatchLimits(max_batch=max_batch, queue_size=self.queue_size)
         batcher = Batcher(session, self.pool, limits, observer)
         providers = tuple(getattr(session, "providers", ()))
-        return ServedVariant(manifest, name, batcher, observer, providers=providers, memory=size)
+        return ServedVariant(manifest, name, batcher, observer, assets=assets, providers=providers, memory=size)
 
 
 def _warming(entry: ModelVersion, manifest: Manifest, batch: int) -> Arrays | None:

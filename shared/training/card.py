@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shared.artifacts import Manifest, TrainingRecord, Variant
+from shared.measures import Measure, measure_named
 
 
 def render_card(manifest: Manifest) -> str:
@@ -77,19 +78,20 @@ def _training(record: TrainingRecord) -> str:
 
 
 def _baselines(manifest: Manifest) -> str:
-    record = manifest.training
+    record, measure = manifest.training, measure_named(manifest.measure)
     assert record is not None
-    rows = ["| | accuracy |", "|---|---:|"]
-    rows += [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in record.baselines.items()]
+    rows = [f"| | {measure.name} |", "|---|---:|"]
+    rows += [f"| {name.replace('_', ' ')} | {measure.text(value)} |" for name, value in record.baselines.items()]
     rows += [
-        f"| **this model**, {name} | {variant.metrics['accuracy']:.4f} |"
+        f"| **this model**, {name} | {measure.text(variant.metrics[measure.name])} |"
         for name, variant in manifest.variants.items()
-        if "accuracy" in variant.metrics
+        if measure.name in variant.metrics
     ]
-    for measure, spread in record.spread.items():
-        rows.append(f"| {measure} over the seeds: mean (min to max) | {_spread(spread)} |")
+    for name, spread in record.spread.items():
+        rows.append(f"| {name} over the seeds: mean (min to max) | {_spread(spread, measure)} |")
     return "\n".join(rows)
 
 
-def _spread(spread: Mapping[str, float]) -> str:
-    return f"{spread['mean']:.4f} ({spread['min']:.4f} to {spread['max']:.4f})"
+def _spread(spread: Mapping[str, float], measure: Measure) -> str:
+    mean, least, most = (measure.text(spread[name]) for name in ("mean", "min", "max"))
+    return f"{mean} ({least} to {most})"

@@ -47,10 +47,11 @@ def store_half(source: Path, target: Path) -> int:
     return len(casts)
 
 
-def quantize_matrices(source: Path, target: Path) -> None:
+def quantize_matrices(source: Path, target: Path, *, embeddings: bool = False) -> None:
     """Writes a graph whose matrix products (Gemm, MatMul) have int8 weights and quantise their inputs as they come.
 
     Needs no calibration. It suits fully connected networks; convolutions would become slower than in float, and stay.
+    With `embeddings`, tables that are looked up (Gather) are stored in int8 too.
 
     Raises:
         ConfigurationError: the graph has no matrix product with weights.
@@ -65,7 +66,7 @@ def quantize_matrices(source: Path, target: Path) -> None:
         quantize_dynamic(
             str(source),
             str(target),
-            op_types_to_quantize=["Gemm", "MatMul"],
+            op_types_to_quantize=["Gemm", "MatMul", *(["Gather"] if embeddings else [])],
             per_channel=True,
             weight_type=QuantType.QInt8,
         )

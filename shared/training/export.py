@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from shared.artifacts import TensorSpec
 from shared.errors import ConfigurationError
 from shared.training.metrics import Predict
 
@@ -67,20 +69,68 @@ def export_onnx(
             f"example has batch {example.shape[0]}, expected 2 or more; the exporter specialises on 1"
         )
     folded = fold_batch_norm(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    batch = torch.export.Dim("batch", min=1)
+    export_graph(
+        folded,
+        (example.contiguous(),),
+        ({0: batch},),
+        path,
+        input_names=[input_name],
+        output_names=[output_name],
+        max_bytes=max_bytes,
+    )
+
+
+def export_graph(
+    model: nn.Module,
+    examples: tuple[Any, ...],
+    dynamic_shapes: tuple[Any, ...],
+    path: Path,
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    max_bytes: int = MAX_BYTES,
+) -> None:
+    """Exports a model of any number of inputs and outputs; the first dimension of all is the batch.
+
+    Args:
+        model: in eval mode.
+        examples: arguments of its forward, tensors or lists of tensors; free dimensions must be 2 or more in them.
+        dynamic_shapes: the free dimensions of each argument, as torch.export takes them.
+        path: file to write.
+        input_names: of the tensors in the order of the arguments.
+        output_names: of the tensors in the order of the results.
+        max_bytes: largest file allowed; only what is never bundled may be larger.
+
+    Raises:
+        ConfigurationError: the exported batch dimension is not symbolic, or the file is too large.
+    """
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")  # deprecations inside the exporter, none of which a caller can mend
         torch.onnx.export(
-            folded,
-            (example.contiguous(),),
+            model,
+            examples,
             str(path),
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            input_names=[input_name],
-            output_names=[output_name],
+            dynamic_shapes=dynamic_shapes,
+            input_names=list(input_names),
+            output_names=list(output_names),
             external_data=False,
             verbose=False,
         )
     _finish(path, max_bytes)
+
+
+def tensor_specs(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    """A graph's inputs or outputs as the manifest has them."""
+    return tuple(
+        TensorSpec(
+            value.name,
+            np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)).name,
+            tuple(-1 if dim.dim_param else dim.dim_value for dim in value.type.tensor_type.shape.dim),
+        )
+        for value in values
+    )
 
 
 def _finish(path: Path, max_bytes: int) -> None:

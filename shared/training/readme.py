@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from shared.artifacts import MANIFEST_NAME, Manifest, read_manifest, write_atomically
+from shared.measures import Measure, measure_named
 
 BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
-HEADER = """| service | model | variant | accuracy | same answer as fp32 | p50 ms | MB | over 3 RNG seeds | baselines |
+HEADER = """| service | model | variant | quality | same answer as fp32 | p50 ms | MB | over 3 RNG seeds | baselines |
 |---|---|---|---|---|---|---|---|---|"""
 
 
@@ -32,25 +34,32 @@ def render_table(manifests: list[Manifest]) -> str:
     """A Markdown table, a row for each variant; what `auto` chooses comes first."""
     rows = [HEADER]
     for manifest in manifests:
+        measure = measure_named(manifest.measure)
+        first = next(iter(manifest.variants))
         spreads = manifest.training.spread if manifest.training else {}
         baselines = manifest.training.baselines if manifest.training else {}
         for name in manifest.variants_by_preference():
             variant = manifest.variants[name]
             metrics = variant.metrics
-            spread = spreads.get("accuracy" if name == "fp32" else f"accuracy_{name}")
+            spread = spreads.get(measure.name if name == first else f"{measure.name}_{name}")
             cells = [
                 manifest.service,
                 f"[{manifest.name}](services/{manifest.service}/cards/{manifest.name}.md)",
                 name,
-                f"{metrics['accuracy']:.4f}",
-                f"{metrics.get('agreement', 1.0):.4f}",
+                f"{measure.name} {measure.text(metrics[measure.name])}",
+                f"{metrics['agreement']:.4f}" if "agreement" in metrics else "",
                 f"{metrics['latency_p50_ms']:.1f}",
                 f"{variant.bytes / 1e6:.1f}",
-                f"{spread['mean']:.4f} ({spread['min']:.4f} to {spread['max']:.4f})" if spread else "",
-                ", ".join(f"{key} {value:.4f}" for key, value in baselines.items()) if name == "fp32" else "",
+                " ".join(_spread(spread, measure)) if spread else "",
+                ", ".join(f"{key} {measure.text(value)}" for key, value in baselines.items()) if name == first else "",
             ]
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _spread(spread: Mapping[str, float], measure: Measure) -> tuple[str, str]:
+    mean, least, most = (measure.text(spread[name]) for name in ("mean", "min", "max"))
+    return mean, f"({least} to {most})"
 
 
 def with_table(text: str, table: str) -> str:

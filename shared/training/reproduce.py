@@ -15,6 +15,7 @@ from pathlib import Path
 
 from shared.artifacts import Manifest
 from shared.errors import ConfigurationError
+from shared.measures import measure_named
 from shared.training.readme import newest_manifests
 
 BUNDLED = Path("deploy/models")
@@ -36,18 +37,23 @@ def find(root: Path, name: str) -> Manifest:
 
 
 def compare(shipped: Manifest, made: Manifest) -> bool:
-    """Prints both accuracies of every variant; whether the new fp32 is not below the shipped spread.
+    """Prints the measure of every variant, old and new; whether the first new one is not worse than the shipped spread.
 
-    One photo of tolerance is left, since two machines may round differently.
+    The measure's margin, or one example of the test part, is left, since two machines may round differently.
     """
+    measure = measure_named(shipped.measure)
     for name in sorted(set(shipped.variants) & set(made.variants)):
-        old, new = (manifest.variants[name].metrics["accuracy"] for manifest in (shipped, made))
-        print(f"{name:8} shipped {old:.4f}  made again {new:.4f}")
-    spread = shipped.training.spread.get("accuracy", {}) if shipped.training else {}
-    metrics = made.variants["fp32"].metrics
-    floor = spread.get("min", shipped.variants["fp32"].metrics["accuracy"]) - 1 / metrics["test_photos"]
-    print(f"within the spread: {metrics['accuracy']:.4f} against at least {floor:.4f}")
-    return metrics["accuracy"] >= floor
+        old, new = (manifest.variants[name].metrics[measure.name] for manifest in (shipped, made))
+        print(f"{name:8} shipped {measure.text(old)}  made again {measure.text(new)}")
+    first = next(iter(shipped.variants))
+    metrics = made.variants[first].metrics
+    spread = shipped.training.spread.get(measure.name, {}) if shipped.training else {}
+    worst = spread.get("min" if measure.higher_is_better else "max", shipped.variants[first].metrics[measure.name])
+    margin = measure.margin or 1 / metrics["test_photos"]
+    print(
+        f"within the spread: {measure.text(metrics[measure.name])} against {measure.text(worst)}, margin {margin:.4g}"
+    )
+    return measure.loss(worst, metrics[measure.name]) <= margin + 1e-9
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ def test_hardening_is_complete(key):
 @pytest.mark.parametrize("service", blocks(COMPOSE))
 def test_every_container_is_hardened_and_limited(service):
     block = blocks(COMPOSE)[service]
-    hardened = block + (anchor("serving") if "<<: *serving" in block else "")
+    hardened = block + "".join(anchor(name) for name in ("serving", "training") if f"<<: *{name}" in block)
     assert "<<: *hardened" in hardened
     assert "cpus:" in hardened
     assert "mem_limit:" in hardened

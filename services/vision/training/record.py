@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from services.vision.training.train import RunResult
 from shared.artifacts import TrainingRecord, Variant, sha256_of
 from shared.data.catalog import DATASETS
 from shared.training.latency import Latency
+from shared.training.machine import cpu_name, spread
 from shared.training.metrics import Classification, agreement
 
 
@@ -76,20 +76,6 @@ def majority_share(test: Classification) -> float:
     return float(np.bincount(test.labels).max() / len(test.labels))
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean, least and largest, and how many there are."""
-    return {"mean": float(np.mean(values)), "min": min(values), "max": max(values), "runs": float(len(values))}
-
-
 def _means(runs: list[RunResult], *, exclude: str) -> dict[str, float]:
     modes = sorted({run.mode for run in runs} - {exclude, "pruned"}, reverse=True)
     return {mode: float(np.mean([run.accuracy for run in runs if run.mode == mode])) for mode in modes}
-
-
-def cpu_name() -> str:
-    """Model name of this machine's CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -49,6 +49,7 @@ class ServedPipeline:
     batcher: PipelineRunner
     observer: ModelObserver
     variant: str = VARIANT
+    assets: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def version(self) -> str:

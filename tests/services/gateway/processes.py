@@ -102,6 +102,7 @@ def running_gateway(**environment):
         USAGI_ADMIN_PORT=admin,
         USAGI_CATALOG_PORT=catalog,
         USAGI_METRICS_PORT=metrics,
+        USAGI_SERVICES="vision",
         **{"USAGI_UPSTREAM_VISION": f"127.0.0.1:{upstream}", **environment},
     ) as started:
         yield Gateway(port, admin, upstream, metrics, started)

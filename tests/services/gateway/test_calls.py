@@ -138,7 +138,7 @@ def test_reflection_lists_every_domain(channel, version):
     )
     (answer,) = reflect(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
     listed = {service.name for service in answer.list_services_response.service}
-    typed = {name for service in load_table().services.values() for name in service.grpc_services}
+    typed = {name for service in load_table(only="vision").services.values() for name in service.grpc_services}
     common = {"usagi.model.v1.ModelService", "inference.GRPCInferenceService", "grpc.health.v1.Health"}
     assert typed | common <= listed
 

@@ -73,11 +73,12 @@ def stack(tmp_path_factory):
             "USAGI_CATALOG_PORT": catalog,
             "USAGI_UPSTREAM_VISION": server.address,
             "USAGI_STATE_DIR": root / "state",
+            "USAGI_SERVICES": "vision",
         }
 
         def canary(*arguments, check=True):
             command = [sys.executable, "-m", "services.gateway", "canary", *map(str, arguments)]
-            variables = {"USAGI_STATE_DIR": str(root / "state"), "PATH": ""}
+            variables = {"USAGI_STATE_DIR": str(root / "state"), "USAGI_SERVICES": "vision", "PATH": ""}
             done = subprocess.run(
                 command,
                 cwd=ROOT,

@@ -17,12 +17,12 @@ from services.vision.training import data, evaluate, export, prune, tasks, train
 from services.vision.training.data import LABELS, Photos
 from services.vision.training.models import MODELS
 from services.vision.training.models.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
-from services.vision.training.record import spread
 from shared.artifacts import CARD_NAME, read_manifest
 from shared.data.locate import locate
 from shared.errors import ConfigurationError
 from shared.training import gate
 from shared.training.card import render_card
+from shared.training.machine import spread
 from shared.training.prune import PruneConfig
 
 ROOT = Path(__file__).parents[3]

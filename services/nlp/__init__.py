@@ -1,0 +1,1 @@
+"""What Usagi reads and writes."""

@@ -1,0 +1,79 @@
+"""The nlp domain's part of `make demo`: real sentences, real translations, one picture of where one looked."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from usagi.nlp.v1 import nlp_service_pb2 as pb
+
+from services.nlp.picture import draw_attention
+from shared.artifacts import write_atomically
+from shared.client.connection import Connection
+from shared.client.nlp import NlpClient, TranslateOptions
+
+SENTENCES = (
+    "Show your own business.",
+    "I can't tell who will arrive first.",
+    "Please bear this fact in mind.",
+    "She was reading a book when I came home.",
+    "How long does it take to get to Tokyo?",
+)
+REPEATS = 10
+
+
+def run(target: str, out: Path, console: Console) -> None:
+    """Translates sentences through the gateway, prints them with timings, draws `nlp_attention.svg`.
+
+    Args:
+        target: the gateway.
+        out: folder for the picture.
+        console: where to print.
+
+    Raises:
+        CallFailed: the service refused.
+    """
+    with Connection(target) as connection:
+        client = NlpClient(connection)
+        answers = [client.translate(sentence, TranslateOptions(attention=True)) for sentence in SENTENCES]
+        _print_answers(answers, console)
+        _print_timings(client, console)
+    write_atomically(out / "nlp_attention.svg", draw_attention(answers[1].hypotheses[0]))
+
+
+def _print_answers(answers: list[pb.TranslateResponse], console: Console) -> None:
+    table = Table(title="Translate: English to Japanese", box=box.SIMPLE_HEAD)
+    for heading in ("sentence", "translation", "score"):
+        table.add_column(heading, overflow="fold")
+    for sentence, answer in zip(SENTENCES, answers, strict=True):
+        best = answer.hypotheses[0]
+        table.add_row(sentence, best.text, f"{best.score:.2f}")
+    info = answers[0].info
+    table.caption = f"answered by {info.model} version {info.version}, variant {info.variant}"
+    console.print(table)
+
+
+def _print_timings(client: NlpClient, console: Console) -> None:
+    title = f"Translate: one call at a time through the gateway, median of {REPEATS} rounds over all sentences, ms"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for heading in ("variant", "search", "whole call", "ONNX Runtime", "steps"):
+        table.add_column(heading, justify="right")
+    for variant in ("fp16", "int8"):
+        for beam in (1, 4):
+            options = TranslateOptions(variant=variant, beam=beam)
+            client.translate(SENTENCES[0], options)  # the first call loads the variant
+            rows = [_timed(client, sentence, options) for _ in range(REPEATS) for sentence in SENTENCES]
+            medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+            search = "greedy" if beam == 1 else f"beam {beam}"
+            table.add_row(variant, search, f"{medians[0] * 1e3:.1f}", f"{medians[1] * 1e3:.1f}", f"{medians[2]:.0f}")
+    console.print(table)
+
+
+def _timed(client: NlpClient, sentence: str, options: TranslateOptions) -> tuple[float, float, float]:
+    started = time.perf_counter()
+    answer = client.translate(sentence, options)
+    return time.perf_counter() - started, answer.info.infer_seconds, float(answer.steps)

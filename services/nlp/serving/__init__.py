@@ -1,0 +1,1 @@
+"""Serving: numpy, ONNX Runtime and gRPC; never torch."""

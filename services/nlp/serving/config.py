@@ -1,0 +1,20 @@
+"""What the environment sets for the nlp service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.serving.config import ServingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class NlpConfig(ServingConfig):
+    """Configuration of the nlp service.
+
+    Attributes:
+        default_translator: the model that Translate means when the request names none.
+        max_text_characters: longest text of a request.
+    """
+
+    default_translator: str = "enja-transformer"
+    max_text_characters: int = 2000

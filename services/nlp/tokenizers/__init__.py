@@ -1,0 +1,1 @@
+"""Text to ids and back; pure Python, shared by training and serving."""

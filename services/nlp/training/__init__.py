@@ -1,0 +1,1 @@
+"""Training: PyTorch; serving never imports it."""

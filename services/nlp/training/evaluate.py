@@ -1,0 +1,128 @@
+"""Checks every published nlp model against its manifest: `python -m services.nlp.training.evaluate`.
+
+Each file must have the SHA-256 of the manifest, each card must be the manifest's, and a translator's BLEU on the
+corpus' dev file, translated again by the exported graphs as serving would, may differ by 0.1. Ends with status 1 if
+anything differs.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from services.nlp.serving.predictors import STEP_SUFFIX, TRANSLATION, VOCABULARIES
+from services.nlp.serving.search import SearchSettings
+from services.nlp.tokenizers.vocabularies import Vocabularies
+from services.nlp.training.data import load_pairs
+from services.nlp.training.offline import OnnxTranslator
+from shared.artifacts import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    ArtifactError,
+    Manifest,
+    read_assets,
+    read_manifest,
+    verify_variant,
+)
+from shared.errors import ConfigurationError
+from shared.measures import measure_named
+from shared.training.card import render_card
+
+SERVED_SEARCH = SearchSettings(beam=4)
+"""What serving does when a request asks for nothing else."""
+GREEDY = SearchSettings(beam=1)
+CARDS = Path(__file__).parents[1] / "cards"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measures every published nlp model again and compares with its manifest."""
+
+    root: Path = Path("deploy/models")
+    """Model root to check."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One variant checked: `problem` is empty if all is well."""
+
+    model: str
+    variant: str
+    claimed: str
+    found: str
+    problem: str
+
+
+def check_version(folder: Path) -> list[Check]:
+    """Checks one model version.
+
+    Raises:
+        ArtifactError: its manifest cannot be read.
+    """
+    manifest = read_manifest(folder)
+    return [_check_variant(folder, manifest, name) for name in manifest.variants]
+
+
+def _check_variant(folder: Path, manifest: Manifest, name: str) -> Check:
+    measure, variant = measure_named(manifest.measure), manifest.variants[name]
+    claimed = variant.metrics[measure.name]
+    try:
+        verify_variant(folder, variant)
+        value = _bleu(folder, manifest, name) if manifest.task == TRANSLATION else claimed
+    except ArtifactError as error:
+        return Check(manifest.name, name, measure.text(claimed), "", error.message)
+    wrong = f"{measure.text(value)}, the manifest says {measure.text(claimed)}"
+    problem = wrong if abs(value - claimed) > measure.margin else _card_problem(folder, manifest)
+    return Check(manifest.name, name, measure.text(claimed), measure.text(value), problem)
+
+
+def _bleu(folder: Path, manifest: Manifest, name: str) -> float:
+    """BLEU of a variant of a translator, its decoder's variant of the same name included."""
+    step_folder = folder.parents[1] / (manifest.name + STEP_SUFFIX) / str(manifest.version)
+    step = read_manifest(step_folder)
+    vocabularies = Vocabularies.from_json(read_assets(folder, manifest)[VOCABULARIES].decode())
+    paths = verify_variant(folder, manifest.variants[name]), verify_variant(step_folder, step.variants[name])
+    return OnnxTranslator.open(*paths, vocabularies).bleu(load_pairs("dev"), SERVED_SEARCH)
+
+
+def _card_problem(folder: Path, manifest: Manifest) -> str:
+    """Why the card beside the manifest, or the one in `services/nlp/cards`, is not the manifest's."""
+    expected = render_card(manifest)
+    paths = [folder / CARD_NAME]
+    if folder.resolve().is_relative_to(Path("deploy/models").resolve()):
+        paths.append(CARDS / f"{manifest.name}.md")
+    for path in paths:
+        if not path.exists() or path.read_text(encoding="utf-8") != expected:
+            return f"{path} is not the manifest's card; export again"
+    return ""
+
+
+def evaluate(config: EvaluateConfig, console: Console) -> bool:
+    """Checks everything under the root, prints a table, and says whether all is well."""
+    folders = sorted(path.parent for path in config.root.glob(f"nlp/*/*/{MANIFEST_NAME}"))
+    if not folders:
+        raise ConfigurationError(f"no nlp models under {config.root}; publish one: make export DOMAIN=nlp")
+    table = Table("model", "variant", "manifest", "measured", "verdict")
+    checks = [check for folder in folders for check in check_version(folder)]
+    for check in checks:
+        verdict = f"[red]{check.problem}[/red]" if check.problem else "[green]as claimed[/green]"
+        table.add_row(check.model, check.variant, check.claimed, check.found, verdict)
+    console.print(table)
+    return not any(check.problem for check in checks)
+
+
+def main(config: EvaluateConfig) -> None:
+    """Checks and ends with status 1 if anything differs."""
+    try:
+        sys.exit(0 if evaluate(config, Console()) else 1)
+    except (ConfigurationError, ArtifactError) as error:
+        sys.exit(f"evaluate: {error.message}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(EvaluateConfig, description=__doc__))

@@ -1,0 +1,390 @@
+"""Exports a trained translator and publishes it: `python -m services.nlp.training.export --seed 0`.
+
+A translator is two models: the encoder, which bears its name and its vocabularies, and `-step`, one step of the
+decoder. Each has a variant `fp16` (float32 sums over weights stored as float16) and `int8` (int8 weights and
+embeddings). BLEU on the corpus' dev file, with the search that serving uses, decides whether int8 ships: it may lose
+0.5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import tyro
+from numpy.typing import NDArray
+
+from services.nlp.preprocess import join_japanese
+from services.nlp.serving.predictors import STEP_SUFFIX, TRANSLATION, VOCABULARIES
+from services.nlp.tokenizers.vocabularies import Vocabularies
+from services.nlp.training.bleu import corpus_bleu
+from services.nlp.training.data import load_pairs
+from services.nlp.training.evaluate import CARDS, GREEDY, SERVED_SEARCH
+from services.nlp.training.graphs import EncoderGraph, StepGraph, export_encoder, export_step, step_examples
+from services.nlp.training.models.transformer import Transformer, TransformerConfig
+from services.nlp.training.offline import OnnxTranslator
+from shared.artifacts import (
+    CARD_NAME,
+    Asset,
+    Manifest,
+    TrainingRecord,
+    Variant,
+    publish,
+    sha256_of,
+    write_atomically,
+)
+from shared.data.catalog import DATASETS
+from shared.errors import ConfigurationError
+from shared.training.card import render_card
+from shared.training.compact import quantize_matrices, store_half
+from shared.training.export import MAX_BYTES, PARITY_TOLERANCE, open_session, opset_of, tensor_specs
+from shared.training.latency import Latency, measure_latencies
+from shared.training.machine import cpu_name, spread
+
+LOG = logging.getLogger("usagi.export")
+MAX_BLEU_LOSS = 0.5
+VARIANTS = {"fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+LATENCY_SENTENCES = 60
+FLOAT32_BYTES = 4 * MAX_BYTES
+"""Of the float32 graph, which is not bundled."""
+Graph = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Exports a trained translator to ONNX, compresses it, and publishes it with manifests."""
+
+    seed: int = 0
+    """Seed of the run to ship."""
+    name: str = "enja-transformer"
+    """Of the run, and of the model."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    root: Path = Path("var/models")
+    """Model root to publish into; `deploy/models` holds what the images are built with."""
+    version: int = 1
+    """Version number to publish as; the same version is replaced."""
+    quick: bool = False
+    """Export a `--quick` run; cards are not copied to `services/nlp/cards`."""
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run to ship lives."""
+        return self.runs / self.name / (f"seed{self.seed}" + ("-quick" if self.quick else ""))
+
+    @property
+    def command(self) -> str:
+        """The command line that exports this run again, without paths of the machine."""
+        words = ["python -m services.nlp.training.export", f"--seed {self.seed}"]
+        words += [f"--name {self.name}"] if self.name != ExportConfig.name else []
+        words += [f"--version {self.version}"] if self.version != 1 else []
+        return " ".join([*words, "--quick"] if self.quick else words)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One variant of both graphs with all that was measured on it."""
+
+    encoder: Path
+    step: Path
+    quality: dict[str, float]
+    encoder_latency: Latency
+    step_latency: Latency
+    whole_ms: tuple[float, float]
+    """50th and 95th percentile of a whole translation."""
+
+
+def export(config: ExportConfig) -> list[Path]:
+    """Exports, measures, judges and publishes a run; returns the folders of the published versions.
+
+    Raises:
+        ConfigurationError: the run is not finished, or the export differs from PyTorch.
+    """
+    result = read_result(config.run_folder)
+    torch.set_num_threads(1)
+    vocabularies = Vocabularies.from_json((config.run_folder / VOCABULARIES).read_text(encoding="utf-8"))
+    model = Transformer(TransformerConfig(**result["network"])).eval()
+    model.load_state_dict(torch.load(config.run_folder / "weights.pt", weights_only=True))
+    with tempfile.TemporaryDirectory() as folder:
+        parity = write_graphs(model, Path(folder))
+        LOG.info("largest difference from PyTorch %.1e", parity)
+        candidates = measure_variants(Path(folder), vocabularies)
+        shipped = {name: candidate for name, candidate in candidates.items() if ships(candidate, candidates["fp16"])}
+        LOG.info("ships: %s", {name: candidate.quality["bleu"] for name, candidate in shipped.items()})
+        record = training_record(config, result)
+        # the step first: serving looks for it as soon as there is an encoder
+        return [
+            _publish(config, part, shipped, record, parity, vocabularies if part == "encoder" else None)
+            for part in ("step", "encoder")
+        ]
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The `result.json` of a run.
+
+    Raises:
+        ConfigurationError: the run is missing or not finished.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        raise ConfigurationError(f"{path} does not exist; train first: python -m services.nlp.training.train --help")
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+def write_graphs(model: Transformer, folder: Path) -> float:
+    """Writes both graphs in float32 and in every variant; returns the largest difference between float32 and PyTorch.
+
+    Raises:
+        ConfigurationError: it is above PARITY_TOLERANCE.
+    """
+    export_encoder(model, folder / "encoder.onnx")
+    export_step(model, folder / "step.onnx", max_bytes=FLOAT32_BYTES)
+    parity = check_graphs(model, folder / "encoder.onnx", folder / "step.onnx")
+    for part in ("encoder", "step"):
+        source = folder / f"{part}.onnx"
+        store_half(source, folder / f"{part}.{VARIANTS['fp16']}")
+        quantize_matrices(source, folder / f"{part}.quantised.onnx", embeddings=True)
+        store_half(folder / f"{part}.quantised.onnx", folder / f"{part}.{VARIANTS['int8']}")  # what is left in float
+    return parity
+
+
+def check_graphs(model: Transformer, encoder: Path, step: Path) -> float:
+    """Largest difference between the graphs and PyTorch, over several batch sizes and lengths.
+
+    Raises:
+        ConfigurationError: it is above PARITY_TOLERANCE; the export is wrong.
+    """
+    worst = 0.0
+    with torch.inference_mode():
+        for rows, past, length in ((1, 1, 1), (2, 7, 4), (5, 3, 12)):
+            examples = step_examples(model, rows=rows, past=past, source=length)
+            source = torch.randint(4, model.config.source_vocabulary, (rows, length))
+            source[-1, length // 2 + 1 :] = 0
+            for graph, path, inputs in (
+                (EncoderGraph(model), encoder, (source,)),
+                (StepGraph(model), step, (*examples[:3], *examples[3], *examples[4])),
+            ):
+                session = open_session(path)
+                feeds = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), inputs, strict=True)}
+                expected = graph(*((source,) if graph.__class__ is EncoderGraph else examples))
+                for one, other in zip(expected, session.run(None, feeds), strict=True):
+                    worst = max(worst, float(np.abs(one.numpy() - other).max()))
+    if not worst <= PARITY_TOLERANCE:
+        raise ConfigurationError(
+            f"the exported graphs differ from PyTorch by {worst:.2e}, at most {PARITY_TOLERANCE:.0e}"
+        )
+    return worst
+
+
+def measure_variants(folder: Path, vocabularies: Vocabularies) -> dict[str, Candidate]:
+    """BLEU on dev and times of every variant; times in turns, on one thread."""
+    paths = {name: (folder / f"encoder.{file}", folder / f"step.{file}") for name, file in VARIANTS.items()}
+    translators = {name: OnnxTranslator.open(*pair, vocabularies) for name, pair in paths.items()}
+    encoder = measure_latencies({n: _encode(t) for n, t in translators.items()}, np.zeros((1, 12), np.float32))
+    step = measure_latencies({n: _step(t) for n, t in translators.items()}, np.zeros((1, 1), np.float32))
+    whole = _whole_times(translators)
+    return {
+        name: Candidate(*paths[name], _quality(translator), encoder[name], step[name], whole[name])
+        for name, translator in translators.items()
+    }
+
+
+def _encode(translator: OnnxTranslator) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(translator.encoder.run(None, {"source": batch.astype(np.int64) + 5})[0])
+
+    return predict
+
+
+def _step(translator: OnnxTranslator) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    made: dict[int, Graph] = {}
+
+    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        feeds = made.setdefault(len(batch), _step_feeds(translator, len(batch)))
+        return np.asarray(translator.step.run(["log_probabilities"], feeds)[0])
+
+    return predict
+
+
+def _step_feeds(translator: OnnxTranslator, rows: int, length: int = 16) -> Graph:
+    """A step in the middle of sentences of the corpus' length."""
+    feeds: Graph = {}
+    for entry in translator.step.get_inputs():
+        if len(entry.shape) == 1:
+            feeds[entry.name] = np.full(rows, length - 1, np.int64)
+        else:
+            feeds[entry.name] = np.ones((rows, entry.shape[1], length, entry.shape[3]), np.float32)
+    return feeds
+
+
+def _whole_times(translators: dict[str, OnnxTranslator]) -> dict[str, tuple[float, float]]:
+    """Milliseconds of whole translations of dev sentences, 50th and 95th percentile."""
+    sentences = load_pairs("dev").english[:LATENCY_SENTENCES]
+    turn = iter(range(10**9))
+
+    def whole(translator: OnnxTranslator) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+            translator.translate([sentences[next(turn) // len(translators) % len(sentences)]], SERVED_SEARCH)
+            return batch
+
+        return predict
+
+    times = measure_latencies(
+        {name: whole(translator) for name, translator in translators.items()},
+        np.zeros((1, 1), np.float32),
+        rounds=LATENCY_SENTENCES,
+        batch_rounds=1,
+    )
+    return {name: (latency.p50_ms, latency.p95_ms) for name, latency in times.items()}
+
+
+def _quality(translator: OnnxTranslator) -> dict[str, float]:
+    dev = load_pairs("dev")
+    words = [translator.words(found) for found in translator.translate(dev.english, SERVED_SEARCH)]
+    bleu = corpus_bleu(words, dev.japanese)
+    return {
+        "bleu": bleu.score,
+        "bleu_greedy": translator.bleu(dev, GREEDY),
+        "brevity_penalty": bleu.brevity_penalty,
+        **character_scores([join_japanese(w) for w in words], [join_japanese(w) for w in dev.japanese]),
+        "test_sentences": float(len(dev)),
+    }
+
+
+def character_scores(translations: list[str], references: list[str]) -> dict[str, float]:
+    """sacreBLEU over characters and chrF of joined text, as others report them."""
+    import sacrebleu
+
+    return {
+        "sacrebleu_characters": sacrebleu.corpus_bleu(translations, [references], tokenize="char").score,
+        "chrf": sacrebleu.corpus_chrf(translations, [references]).score,
+    }
+
+
+def ships(candidate: Candidate, reference: Candidate) -> bool:
+    """Whether a variant earns its place: no more than MAX_BLEU_LOSS lost, and smaller or faster."""
+    lost = reference.quality["bleu"] - candidate.quality["bleu"]
+    smaller = candidate.step.stat().st_size < reference.step.stat().st_size
+    return candidate is reference or (
+        lost <= MAX_BLEU_LOSS and (smaller or candidate.whole_ms[0] < reference.whole_ms[0])
+    )
+
+
+def training_record(config: ExportConfig, result: dict[str, Any]) -> TrainingRecord:
+    """How the run came to be, with the other seeds beside it as spread."""
+    dataset = DATASETS["enja"]
+    runs = [read_result(path.parent) for path in sorted(config.run_folder.parent.glob("seed*/result.json"))]
+    same = [run for run in runs if _recipe(run) == _recipe(result)]
+    return TrainingRecord(
+        command=f"{result['command']} && {config.command}",
+        seed=config.seed,
+        data=f"{dataset.description}; {dataset.source_url}; the train file alone, "
+        "500 pairs held back to choose the epoch; BLEU is of the dev file",
+        data_licence=dataset.licence,
+        device=cpu_name(),
+        wall_seconds=result["wall_seconds"],
+        baselines={"source_copied": copied_bleu()},
+        spread={"bleu_greedy": spread([run["dev_greedy_bleu"] for run in same])} if len(same) > 1 else {},
+    )
+
+
+def _recipe(run: dict[str, Any]) -> str:
+    return str(run["command"]).replace(f"--seed {run['seed']}", "")
+
+
+def copied_bleu() -> float:
+    """BLEU of answering with the sentence itself: the floor."""
+    dev = load_pairs("dev")
+    return corpus_bleu(dev.english, dev.japanese).score
+
+
+def _publish(
+    config: ExportConfig,
+    part: str,
+    shipped: dict[str, Candidate],
+    record: TrainingRecord,
+    parity: float,
+    vocabularies: Vocabularies | None,
+) -> Path:
+    paths = {name: candidate.encoder if part == "encoder" else candidate.step for name, candidate in shipped.items()}
+    graph = onnx.load(str(paths["fp16"]), load_external_data=False).graph
+    text = vocabularies.to_json().encode() if vocabularies else b""
+    manifest = Manifest(
+        service="nlp",
+        name=config.name + ("" if part == "encoder" else STEP_SUFFIX),
+        version=config.version,
+        task=TRANSLATION if part == "encoder" else f"{TRANSLATION}{STEP_SUFFIX}",
+        description=_DESCRIPTIONS[part],
+        inputs=tensor_specs(graph.input),
+        outputs=tensor_specs(graph.output),
+        variants={name: _variant(part, name, paths[name], candidate, parity) for name, candidate in shipped.items()},
+        opset=opset_of(paths["fp16"]),
+        training=record,
+        measure="bleu",
+        assets={VOCABULARIES: _asset(text)} if vocabularies else {},
+    )
+
+    def fill(target: Path) -> None:
+        for name, path in paths.items():
+            shutil.copy(path, target / VARIANTS[name])
+        if vocabularies:
+            (target / VOCABULARIES).write_bytes(text)
+        (target / CARD_NAME).write_text(render_card(manifest), encoding="utf-8")
+
+    published = publish(config.root, manifest, fill)
+    if not config.quick and config.root.resolve() == Path("deploy/models").resolve():
+        write_atomically(CARDS / f"{manifest.name}.md", render_card(manifest))
+    return published
+
+
+_DESCRIPTIONS = {
+    "encoder": "Translates an English sentence into Japanese: Transformer with byte-pair encoding. This graph reads "
+    "the sentence; its decoder is the model of this name with `-step` behind. Times are those of a whole translation.",
+    "step": "One step of a translator's decoder, its cache outside. BLEU is that of both graphs together; times are "
+    "those of one step of one row.",
+}
+
+
+def _asset(content: bytes) -> Asset:
+    return Asset(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def _variant(part: str, name: str, path: Path, candidate: Candidate, parity: float) -> Variant:
+    latency = candidate.encoder_latency if part == "encoder" else candidate.step_latency
+    p50, p95 = candidate.whole_ms if part == "encoder" else (latency.p50_ms, latency.p95_ms)
+    return Variant(
+        file=VARIANTS[name],
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        metrics={
+            **{key: round(value, 4) for key, value in candidate.quality.items()},
+            "latency_p50_ms": round(p50, 3),
+            "latency_p95_ms": round(p95, 3),
+            "run_p50_ms": round(latency.p50_ms, 3),
+            "runs_per_second": round(latency.throughput[latency.max_batch], 2),
+            **({"parity_max_abs_diff": parity} if name == "fp16" else {}),
+        },
+        max_batch=latency.max_batch,
+    )
+
+
+def main(config: ExportConfig) -> None:
+    """Publishes and says where."""
+    for folder in export(config):
+        print(f"published {folder}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    main(tyro.cli(ExportConfig, description=__doc__))
