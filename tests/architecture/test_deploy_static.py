@@ -99,7 +99,9 @@ def test_only_the_gateway_publishes_a_port_and_on_loopback():
     published = re.findall(r"ports: \[(.*)\]", COMPOSE)
     assert all(each.startswith('"127.0.0.1:') for each in published), "in a profile too, this machine only"
     assert 'ports: ["127.0.0.1:${USAGI_GATEWAY_PORT:-8080}:8080"]' in blocks(COMPOSE)["gateway"]
-    assert "backend: {internal: true}" in COMPOSE
+    assert "  backend:\n    internal: true" in COMPOSE
+    assert COMPOSE.count('enable_ip_masquerade: "false"') == 1
+    assert "monitoring: *published" in COMPOSE
     assert "networks: [backend]" in anchor("serving")
 
 
