@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 
 from services.gateway.dashboard import dashboard
 from services.gateway.prometheus import scrape_config
@@ -29,6 +30,13 @@ QUERIES = {
     f"{panel['title']}: {target['legendFormat']}": target["expr"]
     for panel in json.loads(dashboard())["panels"]
     for target in panel["targets"]
+}
+QUERIES |= {
+    f"replicas of {path.stem} by KEDA": yaml.safe_load(path.read_text(encoding="utf-8"))["spec"]["triggers"][0][
+        "metadata"
+    ]["query"]
+    for path in (ROOT / "deploy/k8s/components/keda").glob("*.yaml")
+    if path.stem != "kustomization"
 }
 
 
