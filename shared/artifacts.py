@@ -173,15 +173,20 @@ def _tensor_spec(raw: Mapping[str, Any]) -> TensorSpec:
     return TensorSpec(name=raw["name"], dtype=raw["dtype"], shape=tuple(raw["shape"]))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, content: bytes | None = None) -> Manifest:
     """Reads `folder/manifest.json` and checks that the folder is where the manifest says it belongs.
+
+    Args:
+        folder: of the version.
+        content: of the manifest, if it was read already.
 
     Raises:
         ArtifactError: missing, unreadable, or lying under another name or version than its own.
     """
     path = folder / MANIFEST_NAME
     try:
-        manifest = parse_manifest(path.read_text(encoding="utf-8"), origin=str(path))
+        text = path.read_text(encoding="utf-8") if content is None else content.decode()
+        manifest = parse_manifest(text, origin=str(path))
     except FileNotFoundError as error:
         raise ArtifactError(
             f"{folder} has no {MANIFEST_NAME}: half published? publish the model version again"
@@ -234,12 +239,31 @@ def verify_variant(folder: Path, variant: Variant) -> Path:
         digest = sha256_of(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}; publish the model version again") from error
+    _check_digest(path, digest, variant)
+    return path
+
+
+def read_verified(folder: Path, variant: Variant) -> bytes:
+    """A variant's file, read once: what was checked is what is returned, whatever becomes of the file.
+
+    Raises:
+        ArtifactError: as verify_variant.
+    """
+    path = check_size(folder, variant)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; publish the model version again") from error
+    _check_digest(path, hashlib.sha256(content).hexdigest(), variant)
+    return content
+
+
+def _check_digest(path: Path, digest: str, variant: Variant) -> None:
     if digest != variant.sha256:
         raise ArtifactError(
             f"{path} is not the file of its manifest: its sha256 is {digest[:12]}…, expected {variant.sha256[:12]}…; "
             "publish the model version again"
         )
-    return path
 
 
 def read_assets(folder: Path, manifest: Manifest) -> dict[str, bytes]:

@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_models(commands)
     for module in (
         "shared.client.local",
+        "shared.client.sign",
         "shared.client.traces",
         "tests.benchmarks.cli",
         "services.gateway.cli",

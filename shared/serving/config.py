@@ -18,6 +18,7 @@ class ServingConfig:
         port: gRPC port; 0 picks a free one.
         metrics_port: Prometheus port; 0 switches it off.
         model_roots: searched in order, the writable one first.
+        trusted_keys: files with public keys; with any, only versions that one of them signed are served.
         rescan_seconds: how often new versions are looked for.
         front: what takes the calls: `native` or `grpcio`; see shared/serving/front.py.
         queue_size: requests that may wait for each model besides the batches that run.
@@ -40,6 +41,7 @@ class ServingConfig:
     port: int = 50051
     metrics_port: int = 9464
     model_roots: tuple[Path, ...] = DEFAULT_ROOTS
+    trusted_keys: tuple[Path, ...] = ()
     rescan_seconds: float = 2.0
     front: str = "native"
     queue_size: int = 100

@@ -22,6 +22,7 @@ from shared.serving.providers import parse_providers, usable_providers
 from shared.serving.repository import ModelRepository, RepositoryOptions
 from shared.serving.session import OnnxSession, Session
 from shared.serving.telemetry import Telemetry
+from shared.signatures import read_trusted_keys
 from shared.trace_settings import trace_settings
 
 if TYPE_CHECKING:
@@ -41,17 +42,20 @@ class Engine:
         tracing: makes spans; None means as OpenTelemetry's variables say, which is not at all without them.
 
     Raises:
-        ConfigurationError: OpenTelemetry's variables or the execution providers cannot be used.
+        ConfigurationError: OpenTelemetry's variables, the execution providers or the trusted keys cannot be used.
     """
 
     def __init__(
         self,
         service: str,
         config: ServingConfig,
-        open_session: Callable[[Path], Session] | None = None,
+        open_session: Callable[[Path | bytes], Session] | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         workers = config.threads or compute_threads()
+        trusted = read_trusted_keys(config.trusted_keys)
+        if trusted:
+            log.info("signed models only", extra={"keys": [key.id for key in trusted]})
         self.service = service
         self.config = config
         self.telemetry = Telemetry(service, tracing or tracing_from_environment(service, config.replica))
@@ -61,11 +65,13 @@ class Engine:
             queue_size=config.queue_size,
             memory_limit=config.model_memory_mb * 1_000_000,
             open_session=open_session or _session_opener(config),
+            trusted_keys=trusted,
         )
         self.repository = ModelRepository(service, config.model_roots, self.pool, self.telemetry, options)
         upstreams = Upstreams(upstream_addresses(config.upstreams), config.max_message_bytes)
+        capacity = config.queue_size + 8 * workers
         self.pipelines = PipelineRegistry(
-            service, config.model_roots, self.repository, self.telemetry, upstreams, config.queue_size + 8 * workers
+            service, config.model_roots, self.repository, self.telemetry, upstreams, capacity, trusted
         )
         self.models = self.pipelines.caller.models = Models(self.repository, self.pipelines)
 
@@ -115,7 +121,7 @@ class Engine:
         self.telemetry.close()
 
 
-def _session_opener(config: ServingConfig) -> Callable[[Path], Session]:
+def _session_opener(config: ServingConfig) -> Callable[[Path | bytes], Session]:
     """Sessions with the threads and the execution providers of `config`, as far as those run here."""
     asked = parse_providers(config.providers)
     usable = usable_providers(asked)

@@ -33,6 +33,7 @@ from shared.serving.shadowing import ShadowGate
 from shared.serving.telemetry import Telemetry
 from shared.serving.traffic import UNROUTED, ShadowDropped, Traffic, traffic
 from shared.serving.versions import ModelVersion, Opener, ServedVariant, State
+from shared.signatures import TrustedKey
 
 __all__ = ["AUTO", "ModelRepository", "ModelVersion", "RepositoryOptions", "ServedVariant", "State"]
 
@@ -48,13 +49,14 @@ class RepositoryOptions:
     """`queue_size`: see BatchLimits; `open_session`: makes a session from the path of a verified graph.
 
     `memory_limit`: bytes that the sessions together may hold (see memory.py), 0 for no limit. `settle_seconds`: see
-    settling.py.
+    settling.py. `trusted_keys`: with any, only versions that one of them signed are served.
     """
 
     queue_size: int = 100
-    open_session: Callable[[Path], Session] = OnnxSession
+    open_session: Callable[[Path | bytes], Session] = OnnxSession
     memory_limit: int = 0
     settle_seconds: float = SETTLE_SECONDS
+    trusted_keys: tuple[TrustedKey, ...] = ()
 
 
 @dataclass(eq=False)
@@ -109,6 +111,7 @@ class ModelRepository:
         self._models: dict[str, _Model] = {}
         self._served: dict[ServedVariant, ModelVersion] = {}
         self._shadow_gate = ShadowGate(pool)
+        self._trusted = options.trusted_keys
         self._settling = Settling(options.settle_seconds)
         self._changing, self._opening = asyncio.Lock(), asyncio.Lock()
         self._uses = 0
@@ -533,7 +536,7 @@ class ModelRepository:
             entry.failure = COPYING
             return
         try:
-            await asyncio.to_thread(entry.check, self.service)
+            await asyncio.to_thread(entry.check, self.service, self._trusted)
             if entry.plain is not None:
                 names = {"model": entry.name, "version": entry.version}
                 log.warning("model without a manifest", extra={**names, "reason": entry.plain.notice})

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from shared.artifacts import CARD_NAME, ArtifactError, Manifest, check_size, read_assets, read_manifest, verify_variant
+from shared.artifacts import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    ArtifactError,
+    Manifest,
+    Variant,
+    check_size,
+    read_assets,
+    read_manifest,
+    read_verified,
+    verify_variant,
+)
 from shared.serving.batching import Batcher, BatchLimits, ComputePool
 from shared.serving.cached_batching import CachedBatcher
 from shared.serving.memory import SessionMemory, private_bytes, settle_before_measuring
 from shared.serving.model_folders import FoundVersion
 from shared.serving.model_observer import ModelObserver
+from shared.serving.onnx_files import read_onnx_file
 from shared.serving.plain_models import VARIANT, PlainModel, describe_plain
 from shared.serving.response_cache import ResponseCache
 from shared.serving.session import Arrays, OnnxSession, Session, zeros_for
 from shared.serving.telemetry import Telemetry
+from shared.signatures import TrustedKey, check_signed
 
 
 class State(Enum):
@@ -78,7 +91,7 @@ class ModelVersion:
     broken, is not served, or serves although its folder cannot be read; `notice` tells of a `model.toml` that is wrong.
     `broken` holds the reason of each variant that cannot be loaded. `checked`, `warmed`: whether that was tried.
     `plain` is set for a file without a manifest, `successor` once another one lies in its place. `cache` keeps its
-    answers, if any.
+    answers, if any. `signer` names the trusted key that signed it, where keys are.
     """
 
     name: str
@@ -98,6 +111,7 @@ class ModelVersion:
     plain: PlainModel | None = None
     successor: ModelVersion | None = None
     cache: ResponseCache | None = None
+    signer: str = ""
 
     @property
     def folder(self) -> Path:
@@ -132,20 +146,30 @@ class ModelVersion:
         except OSError:
             return ""
 
-    def check(self, service: str) -> None:
+    def check(self, service: str, trusted: Sequence[TrustedKey] = ()) -> None:
         """Reads the manifest and looks for its files, without opening them; fills `manifest`, `auto` and `broken`.
 
-        Without a manifest, makes one from the graph, which is opened and tried for that.
+        Without a manifest, makes one from the graph, which is opened and tried for that. With `trusted` keys, one of
+        them must have signed the manifest.
 
         Raises:
             ArtifactError: the version cannot be served.
         """
+        if trusted and self.found.graph is not None:
+            raise ArtifactError(
+                f"{self.found.graph} has no manifest that could be signed, and this server takes signed models only "
+                "(USAGI_TRUSTED_KEYS); publish it with a manifest"
+            )
         if self.found.graph is not None:
             watched = {entry[0] for entry in self.found.files}
             self.plain = describe_plain(self.found.graph, service, self.name, self.version, watched)
             self.manifest, self.auto = self.plain.manifest, VARIANT
             return
-        manifest = read_manifest(self.folder)
+        content = None
+        if trusted:
+            content, key = check_signed(self.folder / MANIFEST_NAME, trusted)
+            self.signer = key.id
+        manifest = read_manifest(self.folder, content)
         if manifest.service != service:
             raise ArtifactError(f"{self.folder} belongs to the service {manifest.service}")
         self.manifest, self.auto = manifest, manifest.auto_variant()
@@ -166,14 +190,14 @@ class Opener:
         pool: runs their graphs.
         telemetry: is told of their batches.
         memory: counts their sessions.
-        open_session: makes a session from the path of a verified graph.
+        open_session: makes a session from the path of a verified graph, or its bytes.
         queue_size: see BatchLimits.
     """
 
     pool: ComputePool
     telemetry: Telemetry
     memory: SessionMemory
-    open_session: Callable[[Path], Session] = OnnxSession
+    open_session: Callable[[Path | bytes], Session] = OnnxSession
     queue_size: int = 100
 
     def open(self, entry: ModelVersion, name: str) -> ServedVariant:
@@ -191,10 +215,11 @@ class Opener:
         variant = manifest.variants[name]
         path = verify_variant(entry.folder, variant)
         assets = read_assets(entry.folder, manifest)
+        graph = _signed_graph(entry, path, variant) if entry.signer else path
         max_batch = variant.max_batch if manifest.batchable else 1
         before = settle_before_measuring()
         try:
-            session = self.open_session(path)
+            session = self.open_session(graph)
             for batch in (max_batch, 1):
                 if (feeds := _warming(entry, manifest, batch)) is not None:
                     session.run(feeds)
@@ -206,6 +231,13 @@ class Opener:
         batcher = Batcher(session, self.pool, limits, observer)
         providers = tuple(getattr(session, "providers", ()))
         return ServedVariant(manifest, name, batcher, observer, assets=assets, providers=providers, memory=size)
+
+
+def _signed_graph(entry: ModelVersion, path: Path, variant: Variant) -> bytes:
+    """The graph's bytes: of a signed version nothing is opened that was not checked."""
+    if outside := read_onnx_file(path).data_files:
+        raise ArtifactError(f"{path} has weights in `{outside[0]}`, which no signature covers; export it in one file")
+    return read_verified(entry.folder, variant)
 
 
 def _warming(entry: ModelVersion, manifest: Manifest, batch: int) -> Arrays | None:

@@ -48,7 +48,7 @@ def running_server(
     service: str,
     config: ServingConfig,
     register: Register = no_services,
-    open_session: Callable[[Path], Session] | None = None,
+    open_session: Callable[[Path | bytes], Session] | None = None,
     tracing: Tracing | None = None,
 ) -> Iterator[RunningServer]:
     """Runs a server on a free port until the block ends.
@@ -94,7 +94,7 @@ class GatedSession:
     The first `free_runs` runs pass: they are the repository's warm-up.
     """
 
-    def __init__(self, graph: Path, gate: threading.Event, free_runs: int = 2) -> None:
+    def __init__(self, graph: Path | bytes, gate: threading.Event, free_runs: int = 2) -> None:
         self._inner = OnnxSession(graph)
         self._gate = gate
         self._free_runs = free_runs

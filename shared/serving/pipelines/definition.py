@@ -81,14 +81,18 @@ class PipelineDefinition:
     origin: Path = field(default_factory=Path)
 
 
-def read_definition(path: Path) -> PipelineDefinition:
+def read_definition(path: Path, content: bytes | None = None) -> PipelineDefinition:
     """Reads a `pipeline.toml`.
+
+    Args:
+        path: of the file.
+        content: of the file, if it was read already.
 
     Raises:
         ArtifactError: unreadable, or with keys, values or names that mean nothing.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8") if content is None else content.decode())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     try:

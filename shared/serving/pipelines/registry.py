@@ -18,7 +18,7 @@ from pathlib import Path
 
 from shared.artifacts import ArtifactError, Manifest
 from shared.errors import ModelNotFound, ModelUnavailable, Unreachable, UsagiError, code_of
-from shared.serving.model_folders import PIPELINE_NAME, FoundModel, Scan, scan
+from shared.serving.model_folders import PIPELINE_NAME, FoundModel, FoundVersion, Scan, scan
 from shared.serving.model_observer import ModelObserver
 from shared.serving.pipelines.checking import Plan, StepModel, make_plan
 from shared.serving.pipelines.definition import PipelineDefinition, StepDefinition, read_definition
@@ -31,6 +31,7 @@ from shared.serving.served import Served
 from shared.serving.telemetry import Telemetry
 from shared.serving.traffic import UNROUTED, ShadowDropped, Traffic, traffic
 from shared.serving.versions import ModelVersion, State
+from shared.signatures import TrustedKey, check_signed, pipeline_place
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class PipelineRegistry:
         telemetry: is told of calls.
         upstreams: the other servers.
         capacity: requests that may be inside a pipeline at a time.
+        trusted_keys: with any, only pipelines that one of them signed are served.
     """
 
     def __init__(
@@ -106,12 +108,14 @@ class PipelineRegistry:
         telemetry: Telemetry,
         upstreams: Upstreams,
         capacity: int,
+        trusted_keys: tuple[TrustedKey, ...] = (),
     ) -> None:
         self.service, self.roots = service, tuple(roots)
         self.caller = StepCaller(upstreams)
         self._repository, self._telemetry, self._upstreams = repository, telemetry, upstreams
         self._metrics = PipelineMetrics(telemetry)
         self._capacity = capacity
+        self._trusted = trusted_keys
         self._pipelines: dict[str, list[PipelineVersion]] = {}
         self._named: frozenset[str] = frozenset()
         self._unloaded: set[tuple[str, int | None]] = set()
@@ -209,10 +213,10 @@ class PipelineRegistry:
         known = {entry.version: entry for entry in self._pipelines.get(name, [])}
         for number, version in there.items():
             entry = known.get(number)
-            if entry is None or (entry.folder, entry.found.published) != (version.folder, version.published):
+            if entry is None or self._differs(entry, version):
                 entry = PipelineVersion(name, number, version)
                 try:
-                    entry.definition = await asyncio.to_thread(read_definition, version.folder / PIPELINE_NAME)
+                    entry.definition = await asyncio.to_thread(self._read, name, number, version.folder / PIPELINE_NAME)
                 except ArtifactError as error:
                     self._fail(entry, error.message)
             entry.warning = ""
@@ -231,6 +235,20 @@ class PipelineRegistry:
             self._pipelines[name] = [following[number] for number in sorted(following)]
         else:
             self._pipelines.pop(name, None)
+
+    @staticmethod
+    def _differs(entry: PipelineVersion, version: FoundVersion) -> bool:
+        before = entry.found
+        if (before.folder, before.published) != (version.folder, version.published):
+            return True
+        return bool(entry.failure) and before.files != version.files  # signed meanwhile, say
+
+    def _read(self, name: str, number: int, path: Path) -> PipelineDefinition:
+        """The definition, signed by a trusted key where there are such."""
+        content = None
+        if self._trusted:
+            content, _ = check_signed(path, self._trusted, pipeline_place(self.service, name, number))
+        return read_definition(path, content)
 
     async def _probe(self) -> _Probes:
         """Asks every upstream about the models of all steps, at once."""
