@@ -9,12 +9,12 @@ DOMAIN ?= vision
 MODEL ?= flowers-efficientnet-lite0
 SEED ?= 0
 
-.PHONY: help install demo local test fuzz verify reproduce up observe down canary keys logs load protos lint format train export bench ci e2e clean
+.PHONY: help install demo local test fuzz verify reproduce up observe down canary keys logs load protos lint format train export bench ci e2e lock scan clean
 
 help:  ## this list
 	@printf 'Usagi: deep-learning microservices over gRPC\n\n'
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export, bench, canary, keys), TLS=1 (local, up, load), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
+	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export, bench, canary, keys, lock), TLS=1 (local, up, load), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
 
 # One environment in two layers: serving and client first (seconds), training and development on top (torch).
 .venv/.serve: pyproject.toml constraints.txt
@@ -105,6 +105,19 @@ load:  ## load-test the running containers with locust
 protos: .venv/.dev  ## lint the protos and generate shared/gen from them
 	@deploy/lint_protos.sh
 	@deploy/generate_protos.sh
+
+lock: .venv/.dev  ## write deploy/locks, what the serving images install, from pyproject.toml and constraints.txt
+	@$(BIN)/python deploy/lock.py $(ARGS)
+
+# The scanners depend on much that nothing else needs, so they live in an environment of their own.
+.venv-scan/.made: deploy/scan/requirements.txt
+	@echo 'setting up the environment of the scan'
+	@test -x .venv-scan/bin/python || $(PYTHON) -m venv .venv-scan
+	@.venv-scan/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+scan: .venv-scan/.made  ## secrets in the history, Dockerfiles, compose files, known vulnerabilities
+	@.venv-scan/bin/python deploy/scan/run.py
 
 lint: .venv/.dev  ## ruff, mypy, import-linter, buf
 	@$(BIN)/ruff check .

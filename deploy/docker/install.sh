@@ -2,15 +2,17 @@
 # Makes /opt/venv with the packages of a requirements file and nothing else: no pip, no tests, no C sources.
 #
 #   install.sh REQUIREMENTS [CONSTRAINTS]
+#   install.sh NAME.lock                     only files with the hashes that stand there
 #
 # EXTRA_INDEX_URL, if set, is a second package index (CPU builds of torch, a company's mirror).
 set -eu
 requirements=$1
 constraints=${2:-/dev/null}
 [ -e "$constraints" ] || constraints=/dev/null
+case $requirements in *.lock) hashes=--require-hashes ;; *) hashes= ;; esac
 
 python -m venv --without-pip /opt/venv
-pip --python /opt/venv/bin/python install --no-compile --only-binary :all: \
+pip --python /opt/venv/bin/python install --no-compile --only-binary :all: ${hashes:+"$hashes"} \
   ${EXTRA_INDEX_URL:+--extra-index-url "$EXTRA_INDEX_URL"} \
   --constraint "$constraints" --requirement "$requirements"
 

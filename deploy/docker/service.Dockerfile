@@ -11,40 +11,35 @@ WORKDIR /build
 COPY deploy/docker/install.sh ./
 
 
-# What each image installs, as text, so that only a changed dependency installs again.
-FROM build AS requirements
+# Images that serve, or run beside those, install what deploy/locks says, each file by its hash: `make lock` writes it.
+FROM build AS serve-packages
 ARG SERVICE=
 ARG RUNTIME=cpu
-COPY pyproject.toml deploy/docker/requirements.py ./
-RUN python requirements.py "${RUNTIME}" ${SERVICE} >serve.txt \
- && python requirements.py train >train.txt \
- && python requirements.py gateway >gateway.txt \
- && python requirements.py load >load.txt
-
-
-FROM build AS serve-packages
 ARG EXTRA_INDEX_URL=
-COPY constraints*.txt ./
-COPY --from=requirements /build/serve.txt ./
-RUN --mount=type=cache,target=/root/.cache/pip ./install.sh serve.txt constraints.txt
+COPY deploy/locks/${SERVICE}-${RUNTIME}.lock serve.lock
+RUN --mount=type=cache,target=/root/.cache/pip ./install.sh serve.lock
+
+FROM build AS gateway-packages
+ARG EXTRA_INDEX_URL=
+COPY deploy/locks/gateway.lock ./
+RUN --mount=type=cache,target=/root/.cache/pip ./install.sh gateway.lock
+
+FROM build AS load-packages
+ARG EXTRA_INDEX_URL=
+COPY deploy/locks/load.lock ./
+RUN --mount=type=cache,target=/root/.cache/pip ./install.sh load.lock
+
+# Training installs versions without hashes: torch comes from PyPI or from an index of CPU builds, as other files. What it
+# installs is a stage of its own, as text, so that only a changed dependency installs again.
+FROM build AS requirements
+COPY pyproject.toml deploy/docker/requirements.py ./
+RUN python requirements.py train >train.txt
 
 FROM build AS train-packages
 ARG EXTRA_INDEX_URL=
 COPY constraints*.txt ./
 COPY --from=requirements /build/train.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip ./install.sh train.txt constraints.txt
-
-FROM build AS gateway-packages
-ARG EXTRA_INDEX_URL=
-COPY constraints*.txt ./
-COPY --from=requirements /build/gateway.txt ./
-RUN --mount=type=cache,target=/root/.cache/pip ./install.sh gateway.txt constraints.txt
-
-FROM build AS load-packages
-ARG EXTRA_INDEX_URL=
-COPY constraints*.txt ./
-COPY --from=requirements /build/load.txt ./
-RUN --mount=type=cache,target=/root/.cache/pip ./install.sh load.txt constraints.txt
 
 
 # The sources, cut to what each image runs. The final images copy from here, so that an edit in training leaves the
