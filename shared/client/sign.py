@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from shared.artifacts import MANIFEST_NAME, read_manifest, verify_variant
+from shared.artifacts import MANIFEST_NAME, read_assets, read_manifest, verify_variant
 from shared.errors import InvalidInput
 from shared.signatures import check_signed, make_key, pipeline_place, read_trusted_keys, sign_file
 
@@ -66,6 +66,8 @@ def _signed_file(folder: Path) -> tuple[Path, str]:
 
 
 def _check_files(folder: Path) -> None:
-    """Nothing is signed, or called right, whose graphs are not those of its manifest."""
-    for variant in read_manifest(folder.resolve()).variants.values():
+    """Nothing is signed, or called right, whose files are not those of its manifest."""
+    manifest = read_manifest(folder.resolve())
+    for variant in manifest.variants.values():
         verify_variant(folder, variant)
+    read_assets(folder, manifest)

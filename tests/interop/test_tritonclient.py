@@ -58,6 +58,7 @@ PARTS = [
     "statistics",
     "pipeline",
     "plain",
+    "cached",
 ]
 
 
@@ -67,6 +68,8 @@ def address(tmp_path):
     broken = publish_affine(tmp_path, service="vision", name="broken")
     (broken / "model.onnx").write_bytes(b"no graph")
     publish_identity(tmp_path, TensorProto.STRING, "object", service="vision", name="text")
+    publish_affine(tmp_path, service="vision", name="cached")
+    (tmp_path / "vision/cached/model.toml").write_text("cache = { megabytes = 1 }")
     publish_identity(tmp_path, TensorProto.FLOAT16, "float16", service="vision", name="half")
     write_pipeline(tmp_path, "chain", CHAIN, service="vision")
     graphs.save(graphs.doubling(), tmp_path / "vision/plain.onnx", "plain.onnx.data")
@@ -87,7 +90,7 @@ def test_through_the_gateway(address):
         with grpc.insecure_channel(gateway.target) as channel:
             stub = pb_grpc.GRPCInferenceServiceStub(channel)
             index = stub.RepositoryIndex(pb.RepositoryIndexRequest())
-            served = {"affine", "centred", "chain", "half", "plain", "text"}
+            served = {"affine", "cached", "centred", "chain", "half", "plain", "text"}
             assert {*served, "broken", "cut"} == {entry.name for entry in index.models}
             ready = stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True))
             assert served == {entry.name for entry in ready.models}

@@ -173,6 +173,19 @@ def plain(client, headers):
     assert failure(client.infer, "cut", affine(), headers=headers).status() == "StatusCode.FAILED_PRECONDITION"
 
 
+def cached(client, headers):
+    """The response cache as Triton tells of it."""
+    assert client.get_model_config("cached", headers=headers).config.response_cache.enable
+    answers = [client.infer("cached", affine(value), headers=headers) for value in (1.0, 2.0, 1.0, 1.0)]
+    assert [float(answer.as_numpy("y")[0, 0]) for answer in answers] == [2.0, 4.0, 2.0, 2.0]
+    said = [answer.get_response().parameters["cached"].bool_param for answer in answers]
+    assert said == [False, False, True, True], said
+    stats = client.get_inference_statistics("cached", headers=headers).model_stats[0]
+    inference = stats.inference_stats
+    assert (inference.cache_hit.count, inference.cache_miss.count, inference.success.count) == (2, 2, 4), inference
+    assert stats.execution_count == inference.compute_infer.count == 2, stats
+
+
 def main():
     if sys.argv[1] == "--descriptors":
         for module in (model_config_pb2, service_pb2):
@@ -180,7 +193,20 @@ def main():
         return
     headers = {"usagi-service": sys.argv[2]} if len(sys.argv) > 2 else None
     with triton.InferenceServerClient(sys.argv[1]) as client:
-        for part in (server, repository, inference, callbacks, stream, big_stream, errors, statistics, pipeline, plain):
+        parts = (
+            server,
+            repository,
+            inference,
+            callbacks,
+            stream,
+            big_stream,
+            errors,
+            statistics,
+            pipeline,
+            plain,
+            cached,
+        )
+        for part in parts:
             part(client, headers)
             print(part.__name__, flush=True)
 

@@ -180,6 +180,24 @@ def test_replaced_broken_repaired_removed(tmp_path, place):
     with_repository(tmp_path, test)
 
 
+def test_a_file_that_is_put_back_is_what_it_was(tmp_path):
+    path = aged(graphs.save(graphs.doubling(2), tmp_path / "test/it.onnx"))
+
+    async def test(repository):
+        first = await use(repository, "it")
+        path.rename(tmp_path / "aside")
+        path.write_bytes(b"broken")
+        await settled(repository)
+        assert "its file was replaced" in repository.find("it").reason
+        (tmp_path / "aside").replace(path)
+        await repository.rescan()
+        assert len(entries(repository, "it")) == 1
+        assert "memory" not in repository.find("it").reason
+        assert await use(repository, "it") == first
+
+    with_repository(tmp_path, test)
+
+
 def test_new_weights_are_a_new_version(tmp_path):
     path = aged(graphs.save(graphs.doubling(2), tmp_path / "test/it.onnx", "it.onnx.data"))
     data = aged(path.with_name("it.onnx.data"))

@@ -20,13 +20,14 @@ from shared.artifacts import ArtifactError, Manifest
 from shared.errors import ModelNotFound, ModelUnavailable, Unreachable, UsagiError, code_of
 from shared.serving.model_folders import PIPELINE_NAME, FoundModel, FoundVersion, Scan, scan
 from shared.serving.model_observer import ModelObserver
+from shared.serving.model_table import UNLOADED
 from shared.serving.pipelines.checking import Plan, StepModel, make_plan
 from shared.serving.pipelines.definition import PipelineDefinition, StepDefinition, read_definition
 from shared.serving.pipelines.metrics import PipelineMetrics
 from shared.serving.pipelines.running import MAX_DEPTH, PipelineRunner
 from shared.serving.pipelines.steps import StepCaller
 from shared.serving.pipelines.upstreams import Upstreams
-from shared.serving.repository import AUTO, UNLOADED, ModelRepository
+from shared.serving.repository import AUTO, ModelRepository
 from shared.serving.served import Served
 from shared.serving.telemetry import Telemetry
 from shared.serving.traffic import UNROUTED, ShadowDropped, Traffic, traffic
