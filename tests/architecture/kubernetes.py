@@ -54,6 +54,17 @@ def pod_labels(manifests: tuple[Manifest, ...]) -> dict[str, dict[str, str]]:
     return {name: each["spec"]["template"]["metadata"]["labels"] for name, each in found}
 
 
+def containers(manifests: tuple[Manifest, ...]) -> dict[str, tuple[Manifest, Manifest]]:
+    """Pod and container of every Deployment that has one container in its pods."""
+    pods = {name: each["spec"]["template"]["spec"] for name, each in of_kind(manifests, "Deployment").items()}
+    return {name: (pod, pod["containers"][0]) for name, pod in pods.items() if len(pod["containers"]) == 1}
+
+
+def variables(container: Manifest) -> dict[str, str]:
+    """The environment of a container."""
+    return {each["name"]: each["value"] for each in container["env"]}
+
+
 def matches(selector: Manifest | None, labels: dict[str, str]) -> bool:
     """Whether a LabelSelector without expressions takes a pod; an empty one takes all."""
     assert set(selector or {}) <= {"matchLabels"}, selector

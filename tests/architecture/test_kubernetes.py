@@ -17,13 +17,13 @@ from tests.architecture.deployments import ROOT, byte_count, compose_services, e
 from tests.architecture.kubernetes import (
     K8S,
     OVERLAYS,
-    Network,
-    base_with,
+    containers,
     kustomize_problem,
     matches,
     of_kind,
     pod_labels,
     rendered,
+    variables,
 )
 
 pytestmark = pytest.mark.skipif(bool(kustomize_problem()), reason=kustomize_problem())
@@ -36,27 +36,7 @@ COMPOSE = compose_services()
 NAMES = ["gateway", *SERVICES]
 PRODUCTION = OVERLAYS["production"]
 README = (ROOT / "deploy/README.md").read_text(encoding="utf-8")
-SERVING_PORT, METRICS_PORT = 50051, 9464
-
-
-@pytest.fixture(scope="module")
-def with_hpa(tmp_path_factory):
-    """The base with the component that no overlay has."""
-    return rendered(base_with("hpa", tmp_path_factory.mktemp("hpa")))
-
-
-@pytest.fixture(params=[*OVERLAYS, "hpa"])
-def manifests(request, with_hpa):
-    return with_hpa if request.param == "hpa" else rendered(OVERLAYS[request.param])
-
-
-def containers(manifests):
-    pods = {name: each["spec"]["template"]["spec"] for name, each in of_kind(manifests, "Deployment").items()}
-    return {name: (pod, pod["containers"][0]) for name, pod in pods.items() if len(pod["containers"]) == 1}
-
-
-def variables(container):
-    return {each["name"]: each["value"] for each in container["env"]}
+SERVING_PORT = TABLE.services["vision"].port
 
 
 # The schemas
@@ -205,69 +185,6 @@ def test_images_have_the_projects_version(manifests):
         image, tag = container["image"].rsplit(":", 1)
         assert image in (f"usagi-{name}", f"registry.example.com/usagi/{name}")
         assert tag in (version, f"{version}-gpu")
-
-
-# Locked down
-
-
-def test_pods_are_as_locked_down_as_the_restricted_standard_wants(manifests):
-    assert (
-        of_kind(manifests, "Namespace")["usagi"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]
-        == "restricted"
-    )
-    assert set(containers(manifests)) == set(pod_labels(manifests)), "one container each"
-    for pod, container in containers(manifests).values():
-        assert pod["securityContext"]["runAsNonRoot"]
-        assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["runAsGroup"] == 10001
-        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert pod["automountServiceAccountToken"] is False
-        assert pod["enableServiceLinks"] is False
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
-        assert not [volume for volume in pod["volumes"] if "hostPath" in volume]
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "port", "allowed"),
-    [
-        ("anywhere", "gateway", 8080, True),
-        ("anywhere", "gateway", METRICS_PORT, False),
-        ("gateway", "vision", SERVING_PORT, True),
-        ("gateway", "vision", METRICS_PORT, False),
-        ("vision", "vision", SERVING_PORT, True),
-        ("anywhere", "vision", SERVING_PORT, False),
-        ("namespace:default", "vision", SERVING_PORT, False),
-        ("prometheus", "vision", METRICS_PORT, True),
-        ("prometheus", "gateway", METRICS_PORT, True),
-        ("prometheus", "vision", SERVING_PORT, False),
-        ("vision", "gateway", 8080, False),
-        ("vision", "anywhere", 443, False),
-        ("gateway", "anywhere", 443, False),
-        ("vision", "namespace:kube-system", 53, True),
-        ("vision", "anywhere", 53, False),
-        ("vision", "namespace:kube-system", 443, False),
-        ("namespace:keda", "prometheus", 9090, True),
-        ("anywhere", "prometheus", 9090, False),
-        ("gateway", "prometheus", 9090, False),
-    ],
-)
-def test_who_may_talk_to_whom(source, target, port, allowed):
-    assert Network(rendered(PRODUCTION)).allows(source, target, port) is allowed
-
-
-def test_no_policy_names_pods_that_are_not_there():
-    network = Network(rendered(PRODUCTION))
-    selectors = [policy["podSelector"] for policy in network.policies]
-    for policy in network.policies:
-        for rule in (*policy.get("ingress", []), *policy.get("egress", [])):
-            peers = [*rule.get("from", []), *rule.get("to", [])]
-            selectors += [peer["podSelector"] for peer in peers if "podSelector" in peer]
-    for selector in selectors:
-        assert any(matches(selector, labels) for labels in network.pods.values()), selector
 
 
 # Started, replaced, scaled
