@@ -10,7 +10,7 @@ a failing disk): what came from the latter stays in service.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,8 @@ from shared.serving.model_config import CONFIG_NAME
 PIPELINE_NAME = "pipeline.toml"
 """A version's folder with this file is a pipeline's; see shared/serving/pipelines."""
 GRAPH_NAME, GRAPH_SUFFIX = "model.onnx", ".onnx"
+WEIGHTS_SUFFIXES = (".data", "_data")
+"""How exporters go on after a graph's name for the file of its weights, at least: `linear.onnx_data_1`."""
 Stamp = tuple[tuple[str, int, int, int], ...]
 """Name, time of change (ns), inode and size of some files: it differs when one of them was replaced."""
 
@@ -71,12 +73,11 @@ def scan(roots: Iterable[Path], service: str) -> Scan:
     found = Scan()
     unnumbered: set[str] = set()
     for root in roots:
-        entries = [path for path in _entries(root / service, found, required=True) if not path.name.startswith(".")]
+        entries = _visible(_entries(root / service, found, required=True))
         for path in entries:
-            if path.suffix == GRAPH_SUFFIX and path.is_file():
-                files = [
-                    other for other in entries if other.name.startswith(path.name)
-                ]  # model.onnx.data, model.onnx_data
+            if path.suffix == GRAPH_SUFFIX and _is(Path.is_file, path, found):
+                weights = tuple(path.name + suffix for suffix in WEIGHTS_SUFFIXES)
+                files = [other for other in entries if other == path or other.name.startswith(weights)]
                 _add_unnumbered(path, path.stem, files, unnumbered, found)
         for folder in entries:
             _scan_model(folder, unnumbered, found)
@@ -91,10 +92,15 @@ def _scan_model(folder: Path, unnumbered: set[str], found: Scan) -> None:
             if model.config is None:
                 model.config, model.config_stamp = path, _stamp([path], found)
         elif path.name == GRAPH_NAME:
-            ignored = (CONFIG_NAME, CARD_NAME)
-            files = [other for other in entries if other.name not in ignored and other.is_file()]
+            beside = [other for other in _visible(entries) if other.name not in (CONFIG_NAME, CARD_NAME)]
+            files = [other for other in beside if _is(Path.is_file, other, found)]
             _add_unnumbered(path, folder.name, files, unnumbered, found)
-        elif path.name.isascii() and path.name.isdigit() and path.is_dir() and (version := _version(path, found)):
+        elif (
+            path.name.isascii()
+            and path.name.isdigit()
+            and _is(Path.is_dir, path, found)
+            and (version := _version(path, found))
+        ):
             kind = found.pipelines if version.is_pipeline else found.models
             kind.setdefault(folder.name, FoundModel()).versions.setdefault(int(path.name), version)
 
@@ -110,7 +116,7 @@ def _add_unnumbered(graph: Path, name: str, files: list[Path], unnumbered: set[s
 
 
 def _version(folder: Path, found: Scan) -> FoundVersion | None:
-    paths = list(_entries(folder, found))
+    paths = _visible(_entries(folder, found))
     files = _stamp((path for path in paths if path.name != CARD_NAME), found)
     if found.cause_for(folder):
         return None
@@ -118,6 +124,20 @@ def _version(folder: Path, found: Scan) -> FoundVersion | None:
     # a card without a manifest is half of a published version
     plain = not identity and folder / GRAPH_NAME in paths and folder / CARD_NAME not in paths
     return FoundVersion(folder, identity or files, files, folder / GRAPH_NAME if plain else None)
+
+
+def _visible(paths: Iterable[Path]) -> list[Path]:
+    """Without those that begin with a dot, under which many programs copy."""
+    return [path for path in paths if not path.name.startswith(".")]
+
+
+def _is(kind: Callable[[Path], bool], path: Path, found: Scan) -> bool:
+    """Whether a path is of a kind; one that cannot be looked at is none, and its folder unreadable."""
+    try:
+        return kind(path)
+    except OSError as error:
+        found.unreadable[path.parent] = _cause(path, error)
+        return False
 
 
 def _stamp(paths: Iterable[Path], found: Scan) -> Stamp:

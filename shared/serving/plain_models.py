@@ -7,9 +7,10 @@ is the model batched. What cannot be tried is not batched.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from shared.artifacts import ArtifactError, Manifest, TensorSpec, Variant, sha256_of
 from shared.serving.bfloat16 import storage_dtype
+from shared.serving.memory import private_bytes
 from shared.serving.onnx_files import read_onnx_file
 from shared.serving.session import Array, OnnxSession
 
@@ -28,11 +30,13 @@ TRITON_CONFIG = "config.pbtxt"
 FREE_SIZES = (16, 32, 64, 224, 1)
 """Sizes that free dimensions behind the first are tried with, all the same, until the graph runs."""
 BATCHES = (1, 2, 4, 8, 16, 32)
-PROBED_ROWS, PROBED_BATCH = 3, 8
+PROBED_ROWS = 3
 WITHIN = 0.97
 """`max_batch` is the smallest that reaches this share of the best throughput, as for trained models."""
-TRIAL_SECONDS = 1.5
-"""What measuring may take; the run that exceeds it is the last."""
+TRIAL_SECONDS, TRIAL_BYTES = 1.5, 64_000_000
+"""What measuring may take, of time and of memory; the run that exceeds one of them is the last."""
+MADE_UP_BYTES = 16_000_000
+"""What all made-up requests may take together; a graph whose single request takes more is not tried."""
 SAME = {"float16": 1e-2, "bfloat16": 5e-2}
 """Difference between alone and together that is rounding, as a share of the output's range; else 1e-4."""
 _TYPES = {
@@ -148,10 +152,14 @@ def _spec(tensor: Any, role: str, path: Path) -> TensorSpec:
 
 
 def _try(session: OnnxSession, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> _Trial:
-    rows = BATCHES[-1] if _varying(inputs) == len(inputs) > 0 else 1
     free = any(-1 in spec.shape[1:] for spec in inputs)
     problem = ""
     for size in FREE_SIZES if free else FREE_SIZES[-1:]:
+        row_bytes = sum(_row_bytes(spec, size) for spec in inputs)
+        if row_bytes > MADE_UP_BYTES:
+            problem = problem or f"one takes {row_bytes} bytes"
+            continue
+        rows = min(BATCHES[-1], MADE_UP_BYTES // max(1, row_bytes)) if _varying(inputs) == len(inputs) > 0 else 1
         requests = made_up(inputs, rows, size)
         try:
             alone = [session.run(_rows(requests, inputs, row, row + 1)) for row in range(min(rows, PROBED_ROWS))]
@@ -159,17 +167,22 @@ def _try(session: OnnxSession, inputs: tuple[TensorSpec, ...], outputs: tuple[Te
             problem = problem or _brief(error)
             continue
         outputs = tuple(_ranked(spec, alone[0][spec.name]) for spec in outputs)
-        against = _unvarying(inputs, outputs) or _unlike(session, inputs, outputs, requests, alone)
-        throughputs = dict(_throughputs(session, inputs, requests, against))
-        enough = WITHIN * max(throughputs.values())
-        max_batch = min(batch for batch, rate in throughputs.items() if rate >= enough)
-        return _Trial(against, outputs, size, 1 if against else max_batch, round(1000 / throughputs[1], 4))
+        against = _unvarying(inputs, outputs) or ("its requests are too large to try several" if rows == 1 else "")
+        together = _Together(session, inputs, outputs, requests, alone)
+        against = against or together.unlike(min(rows, PROBED_ROWS))
+        rates, against = _throughputs(together, [1] if against else [size for size in BATCHES if size <= rows], against)
+        enough = WITHIN * max(rates.values())
+        max_batch = 1 if against else min(batch for batch, rate in rates.items() if rate >= enough)
+        return _Trial(against, outputs, size, max_batch, round(1000 / rates[1], 4))
     shapeless = [spec.name for spec in inputs if spec.shape == ()]
     if shapeless:
-        raise ArtifactError(
-            f"the graph does not run, and its input `{shapeless[0]}` has no shape; export it with shapes"
-        )
+        raise ArtifactError(f"input `{shapeless[0]}` has no shape, and no scalar will do; export the graph with shapes")
     return _Trial(f"it did not run on made-up requests ({problem}), so it is not warm either", outputs)
+
+
+def _row_bytes(spec: TensorSpec, size: int) -> int:
+    inner = [known if known >= 0 else size for known in (spec.shape[1:] if spec.shape[:1] == (-1,) else spec.shape)]
+    return math.prod(inner) * storage_dtype(spec.dtype).itemsize
 
 
 def _varying(specs: tuple[TensorSpec, ...]) -> int:
@@ -216,26 +229,33 @@ def _rows(requests: Requests, inputs: tuple[TensorSpec, ...], start: int, stop: 
     return {name: array[start:stop] if name in varying else array for name, array in requests.items()}
 
 
-def _unlike(
-    session: OnnxSession,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    requests: Requests,
-    alone: list[Requests],
-) -> str:
-    """How the answers to requests together differ from those to the same requests alone; empty if they do not."""
-    for count in (PROBED_ROWS, PROBED_BATCH):
+@dataclass(frozen=True)
+class _Together:
+    """Made-up requests, and what the first of them gave alone."""
+
+    session: OnnxSession
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    requests: Requests
+    alone: list[Requests]
+
+    def run(self, count: int) -> Requests:
+        """The first `count` in one run."""
+        return self.session.run(_rows(self.requests, self.inputs, 0, count))
+
+    def unlike(self, count: int) -> str:
+        """How the first `count` in one run answer otherwise than alone; empty if they do not."""
         try:
-            together = session.run(_rows(requests, inputs, 0, count))
+            answers = self.run(count)
         except Exception as error:  # see describe_plain
             return f"it does not run on {count} rows ({_brief(error)})"
-        for spec in outputs:
-            if together[spec.name].shape[:1] != (count,):
-                return f"`{spec.name}` has {list(together[spec.name].shape)} for {count} rows"
-            for row, answer in enumerate(alone):
-                if not _same(together[spec.name][row], answer[spec.name], spec.dtype):
+        for spec in self.outputs:
+            if answers[spec.name].shape[:1] != (count,):
+                return f"`{spec.name}` has {list(answers[spec.name].shape)} for {count} rows"
+            for row, answer in enumerate(self.alone[:count]):
+                if not _same(answers[spec.name][row], answer[spec.name], spec.dtype):
                     return f"`{spec.name}` of a request changes with the others in its batch"
-    return ""
+        return ""
 
 
 def _same(together: Array, alone: Array, dtype: str) -> bool:
@@ -252,21 +272,24 @@ def _floats(array: Array, dtype: str) -> Array:
     return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array.astype(np.float64)
 
 
-def _throughputs(
-    session: OnnxSession, inputs: tuple[TensorSpec, ...], requests: Requests, against: str
-) -> Iterator[tuple[int, float]]:
-    """Batch and rows a second, for growing batches as long as there is time; the first twice to warm up."""
-    ends = time.perf_counter() + TRIAL_SECONDS
-    for batch in BATCHES[:1] if against else BATCHES:
-        feeds = _rows(requests, inputs, 0, batch)
+def _throughputs(together: _Together, batches: list[int], against: str) -> tuple[dict[int, float], str]:
+    """Batch -> rows a second for growing batches, as long as there is time and room, and what speaks against them."""
+    began, before = time.perf_counter(), private_bytes()
+    rates: dict[int, float] = {}
+    for batch in batches:
+        if batch > 1:
+            against = together.unlike(batch)  # and warms it up
+        if against and batch > 1:
+            break
         seconds: list[float] = []
-        while len(seconds) < 7 and (not seconds or time.perf_counter() < ends):
+        while len(seconds) < 7 and (not seconds or time.perf_counter() - began < TRIAL_SECONDS):
             started = time.perf_counter()
-            session.run(feeds)
+            together.run(batch)
             seconds.append(time.perf_counter() - started)
-        yield batch, batch / statistics.median(seconds)
-        if time.perf_counter() >= ends:
-            return
+        rates[batch] = batch / statistics.median(seconds)
+        if time.perf_counter() - began >= TRIAL_SECONDS or private_bytes() - before >= TRIAL_BYTES:
+            break
+    return rates, against
 
 
 def _brief(error: Exception) -> str:

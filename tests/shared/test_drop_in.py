@@ -1,6 +1,7 @@
 """Plain ONNX files in the model root: copied, replaced, broken, removed while others are served."""
 
 import asyncio
+import errno
 import itertools
 import os
 import time
@@ -196,6 +197,48 @@ def test_a_file_that_is_put_back_is_what_it_was(tmp_path):
         assert await use(repository, "it") == first
 
     with_repository(tmp_path, test)
+
+
+def test_files_that_are_being_written_beside_it_change_nothing(tmp_path):
+    aged(graphs.save(graphs.doubling(2), tmp_path / "test/it.onnx"))
+    aged(graphs.save(graphs.doubling(3), tmp_path / "test/other/1/model.onnx"))
+
+    async def test(repository):
+        before = [repository.find(name) for name in ("it", "other")]
+        (tmp_path / "test/it.onnx.part").write_bytes(b"new")
+        (tmp_path / "test/.it.onnx.x7").write_bytes(b"new")
+        (tmp_path / "test/other/1/.model.onnx.x7").write_bytes(b"new")
+        await settled(repository)
+        assert [repository.find(name) for name in ("it", "other")] == before
+        assert set(states(repository)) == {"it", "other"}
+
+    with_repository(tmp_path, test)
+
+
+def test_what_cannot_be_looked_at_serves_on_from_memory(tmp_path, monkeypatch):
+    path = aged(graphs.save(graphs.doubling(2), tmp_path / "test/it.onnx"))
+    publish_affine(tmp_path, scale=7.0)
+    real = os.stat
+
+    def no_permission(file, *arguments, **keywords):  # as in a folder without the right to search it
+        if str(file) == str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return real(file, *arguments, **keywords)
+
+    async def test(repository):
+        monkeypatch.setattr(os, "stat", no_permission)
+        await repository.rescan()
+        assert (await use(repository, "it"))[1] == 2.0
+        assert "Permission denied; serving from memory" in repository.find("it").reason
+        monkeypatch.undo()
+        await repository.rescan()
+        assert "from memory" not in repository.find("it").reason
+
+    with_repository(tmp_path, test)
+
+
+def states(repository):
+    return {entry.name: entry.state for entry in repository.versions()}
 
 
 def test_new_weights_are_a_new_version(tmp_path):

@@ -13,6 +13,8 @@ from shared.serving.plain_models import BATCHES, describe_plain
 from shared.serving.session import OnnxSession
 from tests.shared import plain_graphs as graphs
 
+W_OF_ELEVEN = np.eye(11, dtype=np.float32)
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
@@ -62,6 +64,35 @@ def test_what_may_not_share_a_run_is_not_batched(tmp_path, model, cause):
     assert not plain.manifest.batchable
     assert f"not batched, since {cause}" in plain.notice
     OnnxSession(tmp_path / "it.onnx").run(plain.requests(1))
+
+
+@pytest.mark.parametrize(
+    ("columns", "cause"),
+    [(3_000_000, "its requests are too large to try several"), (5_000_000, "one takes 20000000 bytes")],
+)
+def test_large_requests_are_not_made_up(tmp_path, columns, cause):
+    shape = ("n", columns)
+    plain = describe(tmp_path, graphs.doubling(shape=shape, out=shape))
+    assert not plain.manifest.batchable
+    assert cause in plain.notice
+
+
+def test_free_dimensions_do_not_fill_the_memory(tmp_path):
+    shape = ("n", "a", "b", "c", "d", "e")  # 16 of each are 4 MB, 224 of each 2 TB
+    plain = describe(tmp_path, graphs.simple(graphs.node("MatMul", "x w", "y"), shape=shape, out=shape, w=W_OF_ELEVEN))
+    assert plain.requests(1) is None
+
+
+def test_growing_memory_ends_the_trial(tmp_path, monkeypatch):
+    used = iter(range(0, 10**12, 40_000_000))
+    monkeypatch.setattr(plain_models, "private_bytes", lambda: next(used))
+    monkeypatch.setattr(plain_models, "TRIAL_SECONDS", 5.0)
+    ran = []
+    run = OnnxSession.run
+    monkeypatch.setattr(OnnxSession, "run", lambda self, feeds: ran.append(feeds["x"].shape[0]) or run(self, feeds))
+    plain = describe(tmp_path, graphs.doubling())
+    assert max(ran) == 3, "batches of 1 and 2 were 40 and 80 MB"
+    assert plain.manifest.variants["onnx"].max_batch <= 2
 
 
 @pytest.mark.parametrize(
