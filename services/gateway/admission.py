@@ -1,8 +1,8 @@
 """Whether a call comes in: the filters that look at keys, roles and rates.
 
 Without keys, everybody may call, but for the administrative methods, which callers on this machine alone may use.
-With keys, `keys.lua` looks every call's key up by its hash, and Envoy's local_ratelimit counts the calls of each key.
-The two filters change while Envoy runs, since keys do (live_keys.py).
+With keys, `keys.lua` looks every call's key up by its hash, a rule refuses what the script did not admit, and Envoy's
+local_ratelimit counts the calls of each key. The filters change while Envoy runs, since keys do (live_keys.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from shared.api_keys import ApiKey
 from shared.roles import ADMIN_METHODS
 
 SCRIPT = Path(__file__).with_name("keys.lua")
-ADMISSION, RATES = "usagi.admission", "usagi.rates"
-"""Names of the two filters."""
+ADMISSION, ADMITTED, RATES = "usagi.admission", "usagi.admitted", "usagi.rates"
+"""Names of the filters, in their order."""
 SPACE = "usagi.keys"
 """Namespace of the metadata in which keys.lua says what it found."""
 OPEN = "/grpc.health.v1.Health/"
@@ -29,7 +29,7 @@ Keys = Sequence[ApiKey] | None
 
 
 def admission_filters(keys: Keys, cors_origins: str) -> list[Json]:
-    """The two filters.
+    """The three filters.
 
     Args:
         keys: all keys.
@@ -38,6 +38,7 @@ def admission_filters(keys: Keys, cors_origins: str) -> list[Json]:
     admission = _loopback_rules(cors_origins) if keys is None else _lua(keys)
     return [
         {"name": ADMISSION, "typed_config": admission},
+        {"name": ADMITTED, "typed_config": _typed("rbac.v3.RBAC", **({} if keys is None else _only_admitted()))},
         {"name": RATES, "typed_config": _rates(keys or ())},
     ]
 
@@ -52,6 +53,13 @@ def _lua(keys: Sequence[ApiKey]) -> Json:
     }
     script = "".join(f"local {name} = {value}\n" for name, value in tables.items()) + SCRIPT.read_text(encoding="utf-8")
     return _typed("lua.v3.Lua", default_source_code={"inline_string": script})
+
+
+def _only_admitted() -> Json:
+    """Refuses what keys.lua did not let in: a script that fails would open the door, since Envoy passes the call on."""
+    said = {"filter": SPACE, "path": [{"key": "admitted"}], "value": {"string_match": {"exact": "yes"}}}
+    admitted = {"permissions": [{"any": True}], "principals": [{"metadata": said}]}
+    return {"rules": {"action": "ALLOW", "policies": {"admitted": admitted}}}
 
 
 def _table(entries: dict[str, Any], *, raw: bool = False) -> str:

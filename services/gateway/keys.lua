@@ -2,6 +2,8 @@
 --   * the key of `authorization: Bearer KEY` is looked up by its SHA-256; no key is known here
 --   * the names of the key and of its role become metadata, for the rate limit and the access log
 --   * the key goes no further, but for the administrative methods, where the service looks at it again
+--   * a call that it lets in is marked as admitted; without the mark, the next filter refuses. Envoy passes a call on when a
+--     script fails, and a failure here must not open the door
 -- admission.py puts the tables KEYS (hash -> name, role), ADMIN_METHODS, OPEN and ROUNDS before this text.
 
 local bit = require("bit")
@@ -64,12 +66,16 @@ local function refuse(handle, status, reason)
   handle:respond({ [":status"] = status, ["www-authenticate"] = "Bearer" }, "")
 end
 
+local function admit(handle)
+  handle:streamInfo():dynamicMetadata():set(SPACE, "admitted", "yes")
+end
+
 function envoy_on_request(handle)
   local headers = handle:headers()
   local path = string.match(headers:get(":path") or "", "^[^?#]*")
   local key = presented(headers)
   headers:remove("authorization")
-  if string.find(path, OPEN, 1, true) == 1 then return end
+  if string.find(path, OPEN, 1, true) == 1 then return admit(handle) end
   if not key then return refuse(handle, "401", "KEY_MISSING") end
   local known = seen[key]
   if not known then
@@ -81,7 +87,9 @@ function envoy_on_request(handle)
   metadata:set(SPACE, "name", known.name)
   -- gRPC's paths have no escapes: one that has some is another spelling, and no role is looked up by spelling
   local admin = ADMIN_METHODS[path] or string.find(path, "%", 1, true)
-  if not admin then return end
-  if known.role ~= "admin" then return refuse(handle, "403", "ADMIN_ONLY") end
-  headers:add("authorization", "Bearer " .. key)
+  if admin then
+    if known.role ~= "admin" then return refuse(handle, "403", "ADMIN_ONLY") end
+    headers:add("authorization", "Bearer " .. key)
+  end
+  admit(handle)
 end

@@ -1,4 +1,4 @@
-"""Keys as they change while Envoy runs: it watches one file for each of the two filters, which are replaced whole.
+"""Keys as they change while Envoy runs: it watches one file for each of the three filters, which are replaced whole.
 
 A key counts, or ends, with the next call; running calls finish. Once there were keys, a lost or broken file changes
 nothing: the last known ones hold until the gateway starts anew.
@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from services.gateway.admission import ADMISSION, RATES, Keys, admission_filters
+from services.gateway.admission import ADMISSION, ADMITTED, RATES, Keys, admission_filters
 from services.gateway.canaries import replace_file
 from services.gateway.config import GatewayConfig
 from shared.api_keys import ApiKey, KeyFile, digest
@@ -26,6 +26,7 @@ CATALOG_NAME = "(catalog)"
 """Of the key with which the catalog asks through Envoy: no name that the file can hold."""
 TYPES = {
     ADMISSION: ["lua.v3.Lua", "rbac.v3.RBAC"],
+    ADMITTED: ["rbac.v3.RBAC"],
     RATES: ["local_ratelimit.v3.LocalRateLimit"],
 }
 
@@ -36,7 +37,7 @@ class LiveKeys:
     """Keeps Envoy's admission filters in step with the file of the keys.
 
     Args:
-        folder: for the two files that Envoy watches.
+        folder: for the files that Envoy watches.
         config: of the gateway.
         catalog_secret: the catalog's key, which is made at each start and has the role infer.
 
@@ -73,7 +74,7 @@ class LiveKeys:
         return str(self._file.path) if self._file else ""
 
     def take_over(self, bootstrap: Json) -> Json:
-        """The bootstrap with its two filters moved to the files, which are written now."""
+        """The bootstrap with these filters moved to the files, which are written now."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for listener in bootstrap["static_resources"]["listeners"]:
             manager = listener["filter_chains"][0]["filters"][0]["typed_config"]

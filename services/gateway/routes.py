@@ -22,7 +22,10 @@ REQUEST_HEADERS = (
     *("content-type", "x-grpc-web", "x-user-agent", "grpc-timeout"),
     *(SERVICE_HEADER, "x-request-id", "traceparent", "authorization"),
 )
-RESPONSE_HEADERS = ("grpc-status", "grpc-message", "grpc-status-details-bin", "x-request-id", "usagi-unreachable")
+RESPONSE_HEADERS = (
+    *("grpc-status", "grpc-message", "grpc-status-details-bin", "x-request-id", "usagi-unreachable"),
+    *("x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset"),
+)
 BODY_SIZE_LIMIT = "envoy.filters.http.body_size_limit"
 
 Json = dict[str, Any]

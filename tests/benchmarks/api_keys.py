@@ -1,7 +1,7 @@
-"""What API keys cost: `python -m tests.benchmarks.api_keys`.
+"""What API keys and TLS cost: `python -m tests.benchmarks.api_keys`.
 
 CPU of Envoy for a call of 16 bytes through real gateways in turns: without keys, with a key, with a key that has a
-rate, and with a wrong key, which is refused.
+rate, with a wrong key, which is refused, and without keys over TLS.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from inference import open_inference_grpc_pb2_grpc as pb_grpc
 from usagi.vision.v1 import vision_service_pb2_grpc as vision_grpc
 from usagi.vision.v1.vision_service_pb2 import ClassifyImageRequest
 
+from services.gateway.tls import AUTHORITY, make_certificate
 from shared.api_keys import KeyFile, make_key, new_secret, parse_rate
 from shared.testing.graphs import publish_affine
 from tests.benchmarks.canary import call_many, child_named, cpu_seconds
@@ -66,16 +67,25 @@ def main(config: KeysCost) -> None:
         service = {"USAGI_PORT": port, "USAGI_METRICS_PORT": 0, "USAGI_MODEL_ROOTS": root / "models", **quiet}
         running.enter_context(process("-m", "services.vision.serving", **service))
         ways = {}
-        for name, variables in {"open": {}, "keyed": {"USAGI_KEYS_FILE": file.path}}.items():
+        certificate = make_certificate(root / "tls")
+        credentials = grpc.ssl_channel_credentials((root / "tls" / AUTHORITY).read_bytes())
+        kinds_of_gateway = {
+            "open": {},
+            "keyed": {"USAGI_KEYS_FILE": file.path},
+            "tls": {"USAGI_TLS_CERT": certificate},
+        }
+        for name, variables in kinds_of_gateway.items():
             variables = {"USAGI_UPSTREAM_VISION": f"127.0.0.1:{port}", **quiet, **variables}
             gateway = running.enter_context(running_gateway(**variables))
-            channel = running.enter_context(grpc.insecure_channel(gateway.target))
+            opened = grpc.secure_channel(gateway.target, credentials) if name == "tls" else None
+            channel = running.enter_context(opened or grpc.insecure_channel(gateway.target))
             wait_for_health(gateway.target, health_pb2.HealthCheckResponse.SERVING, "usagi.vision.v1.VisionService")
             ways[name] = channel, child_named(gateway.process.pid, "envoy")
         kinds = {
             "without keys": ("open", ()),
             "a key": ("keyed", (("authorization", f"Bearer {secrets['plain']}"),)),
             "a key with a rate": ("keyed", (("authorization", f"Bearer {secrets['rated']}"),)),
+            "TLS": ("tls", ()),
             "a wrong key": ("keyed", (("authorization", f"Bearer {new_secret()}"),)),
         }
         found = {kind: [] for kind in kinds}
