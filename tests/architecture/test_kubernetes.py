@@ -126,6 +126,7 @@ def test_the_same_paths_as_in_compose(name):
     pod, container = containers(rendered(PRODUCTION))[name]
     ours = {each["mountPath"]: each.get("readOnly", False) for each in container["volumeMounts"]}
     assert ours.pop("/tmp") is False
+    assert ours.pop("/run/secrets/usagi-tls", True)
     assert set(ours) == set(mounts(COMPOSE[name]))
     assert all(ours.values())
     (tmpfs,) = COMPOSE[name]["tmpfs"]
@@ -200,6 +201,19 @@ def test_probes_ask_over_grpc_for_what_the_images_health_check_asks(name):
         assert f'"127.0.0.1:{asked["port"]}", "{asked["service"]}"]' in dockerfile
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["grpc"] == asked
+
+
+def test_with_tls_the_gateways_probes_are_the_images_own():
+    """The kubelet's speak plain gRPC, which the gateway then takes over loopback only."""
+    dockerfile = (ROOT / "deploy/docker/service.Dockerfile").read_text(encoding="utf-8")
+    pod, container = containers(rendered(PRODUCTION))["gateway"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert set(container[probe]) & {"exec", "grpc"} == {"exec"}
+        assert f"CMD {json.dumps(container[probe]['exec']['command'])}\n" in dockerfile
+    (mount,) = [each["mountPath"] for each in container["volumeMounts"] if each["name"] == "tls"]
+    assert {"secretName": "usagi-tls", "defaultMode": 0o440} in [each.get("secret") for each in pod["volumes"]]
+    files = {variables(container)[name] for name in ("USAGI_TLS_CERT", "USAGI_TLS_KEY")}
+    assert files == {f"{mount}/tls.crt", f"{mount}/tls.key"}, "as the type kubernetes.io/tls names them"
 
 
 def test_pods_get_more_time_to_stop_than_they_ask_for():

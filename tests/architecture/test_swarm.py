@@ -3,7 +3,7 @@
 import pytest
 
 from shared.services_table import load_table
-from tests.architecture.deployments import byte_count, compose_services, environment, load, mounts
+from tests.architecture.deployments import ROOT, byte_count, compose_services, environment, load, mounts
 
 COMPOSE = compose_services()
 STACK = load("deploy/swarm/stack.yaml")
@@ -57,6 +57,15 @@ def test_the_same_places_to_write(name):
     assert {path: (volume["source"], volume.get("read_only", False)) for path, volume in volumes.items()} == mounts(
         COMPOSE[name]
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_containers_that_are_only_slow_are_not_killed(name):
+    """What the image asks, as often, with patience: the gateway turns away from a sick replica in seconds by itself."""
+    check = SERVICES[name]["healthcheck"]
+    assert "test" not in check
+    assert check == {"interval": "3s", "timeout": "10s", "retries": 10}
+    assert "HEALTHCHECK --interval=3s" in (ROOT / "deploy/docker/service.Dockerfile").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", NAMES)

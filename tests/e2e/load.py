@@ -16,12 +16,12 @@ class Load:
         target: the gateway.
         rate: calls a second, started on time whether or not earlier ones are answered; None calls as fast as
             `WORKERS` callers can.
-        key: an API key.
+        **caller: see Caller.
     """
 
-    def __init__(self, target, rate=None, key=""):
+    def __init__(self, target, rate=None, **caller):
         self.outcomes = []  # (started, ended, Refused or None)
-        self._target, self._rate, self._key = target, rate, key
+        self._target, self._rate, self._caller = target, rate, caller
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._work, args=(number,)) for number in range(WORKERS)]
 
@@ -38,7 +38,7 @@ class Load:
     def _work(self, number):
         pause = WORKERS / self._rate if self._rate else 0.0
         due = time.monotonic() + number / WORKERS * pause
-        with Caller(self._target, self._key) as caller:
+        with Caller(self._target, **self._caller) as caller:
             while not self._stop.wait(max(0.0, due - time.monotonic())):
                 started = time.monotonic()
                 outcome = caller.call(number)

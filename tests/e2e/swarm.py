@@ -7,11 +7,14 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from services.gateway.tls import AUTHORITY, make_certificate
 from tests.e2e.stack import ROOT, ComposeStack
 
 LOOPBACK = ("--advertise-addr", "127.0.0.1", "--listen-addr", "127.0.0.1:2377")
@@ -43,10 +46,11 @@ def docker(*arguments: str, environment: dict[str, str] | None = None, check: bo
 
 @dataclass
 class SwarmStack:
-    """`docker stack deploy` of deploy/swarm/stack.yaml, with the images of a compose project."""
+    """`docker stack deploy` of deploy/swarm, with TLS and the images of a compose project."""
 
     images: ComposeStack
     key: str = ""
+    ca: bytes = b""
     tags: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -56,10 +60,26 @@ class SwarmStack:
         self.target = f"127.0.0.1:{self.port}"
 
     def deploy(self) -> None:
-        """Deploys the stack, and does not wait for it."""
-        environment = {**os.environ, "USAGI_IMAGES": self.images.project, "USAGI_GATEWAY_PORT": str(self.port)}
-        file = "--compose-file=deploy/swarm/stack.yaml"
-        docker("stack", "deploy", "--resolve-image=never", file, self.name, environment=environment)
+        """Makes a certificate, deploys the stack with it, and does not wait."""
+        with tempfile.TemporaryDirectory() as folder:
+            both = make_certificate(Path(folder))
+            self.ca = both.with_name(AUTHORITY).read_bytes()
+            for secret in self.secrets.values():
+                docker("secret", "create", secret, str(both))
+        ours = {"USAGI_IMAGES": self.images.project, "USAGI_GATEWAY_PORT": str(self.port)}
+        files = [f"--compose-file=deploy/swarm/{name}.yaml" for name in ("stack", "tls")]
+        environment = {**os.environ, **ours, **self.secrets}
+        docker("stack", "deploy", "--resolve-image=never", *files, self.name, environment=environment)
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """The variables of tls.yaml: one file holds certificate and key, and is two secrets."""
+        return {f"USAGI_TLS_{what}_SECRET": f"{self.name}-{what.lower()}" for what in ("CERT", "KEY")}
+
+    @property
+    def caller(self) -> dict[str, Any]:
+        """What a Caller needs to come in."""
+        return {"key": self.key, "ca": self.ca}
 
     def image(self, service: str, tag: str) -> str:
         """The service's image under another tag, which for Swarm is another image."""
@@ -136,6 +156,8 @@ class SwarmStack:
             docker("rm", "--force", container, check=False)
         for volume in docker("volume", "ls", "--quiet", "--filter", label).split():
             docker("volume", "rm", volume, check=False)
+        for secret in self.secrets.values():
+            docker("secret", "rm", secret, check=False)
         for tag in self.tags:
             docker("rmi", tag, check=False)
         assert not left, f"networks of {self.name} are left"

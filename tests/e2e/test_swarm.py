@@ -2,6 +2,7 @@
 
 import json
 
+import grpc
 import pytest
 
 from tests.e2e.load import Load
@@ -25,11 +26,13 @@ def swarm(stack):
         try:
             swarm.deploy()
             swarm.wait(SECONDS, lambda: swarm.settled("vision", 2) and swarm.settled("gateway", 1), "the start")
-            with Caller(swarm.target) as caller:
+            with Caller(swarm.target, ca=swarm.ca) as caller:
                 assert caller.call().reason == "KEY_MISSING", "the port is open to the network, the door is not"
+            with Caller(swarm.target) as caller:
+                assert caller.call().code is grpc.StatusCode.UNAVAILABLE, "without TLS nobody comes in at all"
             swarm.make_key()
             swarm.wait(SECONDS, lambda: answered(swarm), "an answer to the key")
-            with Load(swarm.target, rate=RATE, key=swarm.key):
+            with Load(swarm.target, rate=RATE, **swarm.caller):
                 swarm.wait(SECONDS, lambda: answering(swarm) == 2, "calls to both replicas")
             yield swarm
         finally:
@@ -37,7 +40,7 @@ def swarm(stack):
 
 
 def answered(swarm):
-    with Caller(swarm.target, swarm.key) as caller:
+    with Caller(swarm.target, **swarm.caller) as caller:
         return caller.call() is None
 
 
@@ -49,7 +52,7 @@ def answering(swarm):
 def test_update_scaling_and_a_bad_update_fail_no_call(swarm):
     """Nobody calls twice: what fails, fails."""
     first = swarm.running("vision")
-    with Load(swarm.target, rate=RATE, key=swarm.key) as load:
+    with Load(swarm.target, rate=RATE, **swarm.caller) as load:
 
         def report(what, seconds):
             print(f"{what}: {seconds:.1f} s; {len(load.outcomes)} calls, {len(load.failures())} failed")
