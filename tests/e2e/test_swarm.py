@@ -11,10 +11,10 @@ from tests.e2e.swarm import SwarmStack, swarm_mode
 from tests.e2e.test_compose_faults import calls_logged
 from tests.e2e.test_compose_isolation import INSIDE, REACHED, outside, own_address
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(600)]
 
-RATE = 40.0  # calls a second, started on time whether or not earlier ones are answered
-SECONDS = 60.0
+RATE = 25.0  # calls a second, started on time whether or not earlier ones are answered
+SECONDS = 150.0  # on a busy machine; alone, nothing takes more than 20
 
 
 @pytest.fixture(scope="module")
