@@ -8,21 +8,23 @@ import sys
 from pathlib import Path
 
 from google.protobuf import json_format
+from google.protobuf.message import Message
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from usagi.nlp.v1 import nlp_service_pb2 as pb
 
 from services.nlp.picture import draw_attention
 from shared.artifacts import write_atomically
 from shared.client.cli import add_connection_options, connect
-from shared.client.nlp import NlpClient, TranslateOptions
+from shared.client.nlp import GenerateOptions, NlpClient, TranslateOptions
 from shared.errors import InvalidInput
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `usagi nlp`."""
-    parser = commands.add_parser("nlp", help="translate text")
+    parser = commands.add_parser("nlp", help="translate, continue and score text")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     translate = verbs.add_parser(
         "translate",
@@ -43,6 +45,40 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     translate.add_argument("--attention", type=Path, metavar="SVG", help="draw where the first translation looked")
     add_connection_options(translate)
     translate.set_defaults(command=_translate)
+    _add_generate(verbs)
+    _add_score(verbs)
+
+
+def _add_generate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = verbs.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continues a prompt with a language model and prints the text as it is written.",
+    )
+    generate.add_argument("prompt", metavar="PROMPT", help="what the text begins with, in quotes")
+    generate.add_argument("--model", default="", help="model name (default: the service's default language model)")
+    generate.add_argument("--version", default="", help="model version (default: the newest)")
+    generate.add_argument("--variant", default="", help="fp16, int8 ... (default: auto, the fastest within budget)")
+    generate.add_argument("--max-tokens", type=int, help="tokens to write at most (default: 200)")
+    generate.add_argument("--temperature", type=float, help="0 for the most probable text (default: 0.8)")
+    generate.add_argument("--top-k", type=int, help="draw among so many of the most probable tokens (default: all)")
+    generate.add_argument("--top-p", type=float, help="draw among tokens of this probability together (default: 1)")
+    generate.add_argument("--seed", type=int, help="the same seed gives the same text (default: another each time)")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; repeatable")
+    add_connection_options(generate)
+    generate.set_defaults(command=_generate)
+
+
+def _add_score(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    score = verbs.add_parser(
+        "score",
+        help="say how probable a text is",
+        description="Prints a text with its improbable tokens in colour, and its perplexity.",
+    )
+    score.add_argument("text", metavar="TEXT", help="in quotes")
+    score.add_argument("--model", default="", help="model name (default: the service's default language model)")
+    add_connection_options(score)
+    score.set_defaults(command=_score)
 
 
 def _translate(options: argparse.Namespace) -> int:
@@ -65,9 +101,7 @@ def _translate(options: argparse.Namespace) -> int:
         for number, sentence in enumerate(sentences):
             answer = client.translate(sentence, wishes)
             if options.json:
-                print(
-                    json.dumps(json_format.MessageToDict(answer, preserving_proto_field_name=True), ensure_ascii=False)
-                )
+                print(_json(answer))
             else:
                 _add_rows(table, sentence, answer)
             if options.attention and number == 0:
@@ -78,6 +112,67 @@ def _translate(options: argparse.Namespace) -> int:
         info = answer.info
         console.print(f"answered by {info.model} version {info.version}; ms is the server's own time", style="dim")
     return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    wishes = GenerateOptions(
+        model=options.model,
+        version=options.version,
+        variant=options.variant,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop=tuple(options.stop),
+    )
+    if not options.json:
+        print(options.prompt, end="", flush=True)
+    with connect(options) as connection:
+        for answer in NlpClient(connection).generate(options.prompt, wishes):
+            if options.json:
+                print(_json(answer))
+            else:
+                print(answer.text, end="", flush=True)
+    if not options.json:
+        info = answer.info
+        rate = answer.tokens / info.infer_seconds if info.infer_seconds else 0.0
+        print()
+        Console(stderr=True).print(
+            f"{answer.tokens} tokens by {info.model} version {info.version}, {info.variant}; seed {answer.seed}; "
+            f"{rate:.0f} tokens/s in ONNX Runtime",
+            style="dim",
+        )
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    with connect(options) as connection:
+        answer = NlpClient(connection).score(options.text, model=options.model)
+    if options.json:
+        print(_json(answer))
+        return 0
+    text = Text()
+    for token in answer.tokens:
+        text.append(token.text, style=_style(token.log_probability))
+    console = Console()
+    console.print(text)
+    console.print(
+        f"{-answer.log_probability / (len(answer.tokens) - 1):.3f} nats a token, perplexity {answer.perplexity:.2f}; "
+        f"green is likely, red is not; {answer.info.model} version {answer.info.version}",
+        style="dim",
+    )
+    return 0
+
+
+def _json(answer: Message) -> str:
+    return json.dumps(json_format.MessageToDict(answer, preserving_proto_field_name=True), ensure_ascii=False)
+
+
+def _style(log_probability: float) -> str:
+    """A colour from green (certain) over yellow to red (one in fifty)."""
+    surprise = min(1.0, -log_probability / 4)
+    return f"rgb({round(255 * min(1, 2 * surprise))},{round(200 * min(1, 2 - 2 * surprise))},60)"
 
 
 def _table() -> Table:

@@ -1,4 +1,5 @@
-"""The nlp domain's part of `make demo`: real sentences, real translations, one picture of where one looked."""
+"""The nlp domain's part of `make demo`: real sentences, real translations, one picture of where one looked,
+and a text that goes on."""
 
 from __future__ import annotations
 
@@ -8,13 +9,14 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.panel import Panel
 from rich.table import Table
 from usagi.nlp.v1 import nlp_service_pb2 as pb
 
 from services.nlp.picture import draw_attention
 from shared.artifacts import write_atomically
 from shared.client.connection import Connection
-from shared.client.nlp import NlpClient, TranslateOptions
+from shared.client.nlp import GenerateOptions, NlpClient, TranslateOptions
 
 SENTENCES = (
     "Show your own business.",
@@ -24,10 +26,11 @@ SENTENCES = (
     "How long does it take to get to Tokyo?",
 )
 REPEATS = 10
+PROMPT = "ROMEO:\n"
 
 
 def run(target: str, out: Path, console: Console) -> None:
-    """Translates sentences through the gateway, prints them with timings, draws `nlp_attention.svg`.
+    """Translates sentences through the gateway, prints them with timings, draws `nlp_attention.svg`, lets a text go on.
 
     Args:
         target: the gateway.
@@ -42,6 +45,7 @@ def run(target: str, out: Path, console: Console) -> None:
         answers = [client.translate(sentence, TranslateOptions(attention=True)) for sentence in SENTENCES]
         _print_answers(answers, console)
         _print_timings(client, console)
+        _print_text(client, console)
     write_atomically(out / "nlp_attention.svg", draw_attention(answers[1].hypotheses[0]))
 
 
@@ -71,6 +75,20 @@ def _print_timings(client: NlpClient, console: Console) -> None:
             search = "greedy" if beam == 1 else f"beam {beam}"
             table.add_row(variant, search, f"{medians[0] * 1e3:.1f}", f"{medians[1] * 1e3:.1f}", f"{medians[2]:.0f}")
     console.print(table)
+
+
+def _print_text(client: NlpClient, console: Console) -> None:
+    started = time.perf_counter()
+    text, first = PROMPT, 0.0
+    for answer in client.generate(PROMPT, GenerateOptions(seed=1, max_tokens=240, temperature=0.7)):
+        first = first or time.perf_counter() - started
+        text += answer.text
+    seconds, info = time.perf_counter() - started, answer.info
+    console.print(Panel(text, title="GenerateText", box=box.SQUARE, width=76))
+    console.print(
+        f"{answer.tokens} characters by {info.model} version {info.version}, variant {info.variant}: the first after "
+        f"{first * 1e3:.0f} ms, then {(answer.tokens - 1) / (seconds - first):.0f} a second"
+    )
 
 
 def _timed(client: NlpClient, sentence: str, options: TranslateOptions) -> tuple[float, float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from usagi.nlp.v1 import nlp_service_pb2 as pb
@@ -39,6 +40,38 @@ class TranslateOptions:
         )
 
 
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How to continue; as TranslateOptions."""
+
+    model: str = ""
+    version: str = ""
+    variant: str = ""
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    alternatives: int = 0
+
+    def request(self, prompt: str) -> pb.GenerateTextRequest:
+        """The request to continue `prompt`."""
+        return pb.GenerateTextRequest(
+            prompt=prompt,
+            model=self.model,
+            version=self.version,
+            variant=self.variant,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=self.stop,
+            alternatives=self.alternatives,
+        )
+
+
 class NlpClient:
     """Asks about text."""
 
@@ -52,3 +85,17 @@ class NlpClient:
         """Translates one English sentence into Japanese; raises CallFailed."""
         request = (options or TranslateOptions()).request(text)
         return self._connection.call(self._stub.Translate, request, timeout=timeout)
+
+    def generate(
+        self, prompt: str, options: GenerateOptions | None = None, *, timeout: float | None = None
+    ) -> Iterator[pb.GenerateTextResponse]:
+        """Continues a prompt, token by token; the last answer says how it ended. Raises CallFailed."""
+        request = (options or GenerateOptions()).request(prompt)
+        return self._connection.stream(self._stub.GenerateText, request, timeout=timeout)
+
+    def score(
+        self, text: str, *, model: str = "", version: str = "", variant: str = "", timeout: float | None = None
+    ) -> pb.ScoreTextResponse:
+        """Says how probable a text is, token by token; raises CallFailed."""
+        request = pb.ScoreTextRequest(text=text, model=model, version=version, variant=variant)
+        return self._connection.call(self._stub.ScoreText, request, timeout=timeout)

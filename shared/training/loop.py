@@ -111,6 +111,7 @@ class Fit:
         config: schedule and optimiser.
         folder: where the run lives; a run found there is continued.
         prepare: puts the model into its training mode before each epoch; `model.train()` if not given.
+        last_epoch: stop after so many epochs of the schedule, if that is fewer; the same run may go on later.
         fingerprint: whatever else defines the run; a run of another definition is not continued.
     """
 
@@ -124,12 +125,14 @@ class Fit:
         folder: Path,
         *,
         prepare: Callable[[nn.Module], object] = nn.Module.train,
+        last_epoch: int | None = None,
         fingerprint: str = "",
     ) -> None:
         if source.steps_per_epoch < 1:
             raise ConfigurationError("the training part has no full batch; use a smaller batch or more examples")
         self.model, self.source, self.loss, self.validate = model, source, loss, validate
         self.config, self.folder, self.prepare = config, folder, prepare
+        self.last_epoch = config.epochs if last_epoch is None else min(last_epoch, config.epochs)
         self.fingerprint = json.dumps({"fit": dataclasses.asdict(config), "run": fingerprint}, sort_keys=True)
         self.optimiser = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay),
@@ -145,7 +148,7 @@ class Fit:
         """Trains to the end, from where the folder's last checkpoint stands."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
-        total = self.config.epochs * self.source.steps_per_epoch
+        total = self.last_epoch * self.source.steps_per_epoch
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -155,7 +158,7 @@ class Fit:
         with Progress(*columns) as bar:
             done = self.progress.epoch * self.source.steps_per_epoch + self.progress.step
             task = bar.add_task(self.folder.name, total=total, completed=done, note="")
-            while self.progress.epoch < self.config.epochs:
+            while self.progress.epoch < self.last_epoch:
                 self._train_epoch(lambda loss: bar.update(task, advance=1, note=f"loss {loss:.3f}"))
                 self._finish_epoch()
         self.model.load_state_dict(torch.load(self.folder / "best.pt", weights_only=True))

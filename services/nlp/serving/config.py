@@ -13,8 +13,10 @@ class NlpConfig(ServingConfig):
 
     Attributes:
         default_translator: the model that Translate means when the request names none.
+        default_generator: the model that GenerateText and ScoreText mean when the request names none.
         max_text_characters: longest text of a request.
     """
 
     default_translator: str = "enja-transformer"
+    default_generator: str = "shakespeare-gpt"
     max_text_characters: int = 2000

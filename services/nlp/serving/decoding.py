@@ -30,28 +30,23 @@ CAPACITY_STEP = 8
 """Positions by which a cache grows: small, since hidden positions are computed too."""
 CROSS = "cross_"
 NEW = "new_"
-STEP_INPUTS = ("token", "position", "source_length")
+STEP_INPUTS = ("token", "tokens", "position", "source_length")
+"""`tokens` `[rows, positions]` for a graph that can read several at once; a step reads one."""
 
 
-@dataclass(eq=False)
-class Decoding:
-    """One sentence being decoded.
+@dataclass(eq=False, kw_only=True)
+class StepRun:
+    """Rows that step together with those of others, until it is over. It begins with one row.
 
     Attributes:
-        search: says how it goes on.
-        cross: the source's keys and values by input name, `[1, heads, S, width]`.
-        source_length: S without padding.
         deadline: time.monotonic() after which it is given up.
-        over: nothing more is to be done: the search has ended, or nobody waits for it.
+        over: nothing more is to be done: it has ended, or nobody waits for it.
         steps: steps so far.
         queue_seconds: from its arrival to its first step.
         infer_seconds: of its steps.
         batch_size: rows of its last step.
     """
 
-    search: BeamSearch
-    cross: dict[str, Floats]
-    source_length: int
     deadline: float = float("inf")
     over: bool = False
     steps: int = 0
@@ -60,12 +55,69 @@ class Decoding:
     batch_size: int = 0
 
     @property
+    def rows(self) -> int:
+        """Rows that it has now."""
+        raise NotImplementedError
+
+    @property
     def rows_at_most(self) -> int:
         """Rows that it may come to need."""
-        return self.search.settings.beam
+        raise NotImplementedError
+
+    @property
+    def start(self) -> Start:
+        """Its first row."""
+        raise NotImplementedError
 
     def advance(self, outputs: dict[str, Array], rows: slice) -> Next | None:
         """Takes its rows of a step's outputs; None if it is over."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Start:
+    """A row before its first step: the token to read at `position`, and what its caches hold already.
+
+    `arrays`: `[1, heads, length, width]` by input name; `source_length`: positions of the source without padding.
+    """
+
+    token: int
+    position: int
+    arrays: dict[str, Floats]
+    source_length: int = 0
+
+
+@dataclass(eq=False)
+class Decoding(StepRun):
+    """One sentence being translated.
+
+    Attributes:
+        search: says how it goes on.
+        cross: the source's keys and values by input name, `[1, heads, S, width]`.
+        source_length: S without padding.
+    """
+
+    search: BeamSearch
+    cross: dict[str, Floats]
+    source_length: int
+
+    @property
+    def rows(self) -> int:
+        """See StepRun."""
+        return self.search.rows
+
+    @property
+    def rows_at_most(self) -> int:
+        """See StepRun."""
+        return self.search.settings.beam
+
+    @property
+    def start(self) -> Start:
+        """It reads BOS first."""
+        return Start(BOS, 0, self.cross, self.source_length)
+
+    def advance(self, outputs: dict[str, Array], rows: slice) -> Next | None:
+        """See StepRun."""
         if self.over:
             return None
         self.steps += 1
@@ -87,6 +139,7 @@ class Cache:
 
     def __init__(self, inputs: Sequence[TensorSpec]) -> None:
         specs = [spec for spec in inputs if spec.name not in STEP_INPUTS]
+        self._numbers = [spec.name for spec in inputs if spec.name in STEP_INPUTS]
         self._arrays: dict[str, Array] = {
             spec.name: np.zeros((1, spec.shape[1], CAPACITY_STEP, spec.shape[3]), np.float32) for spec in specs
         }
@@ -97,31 +150,35 @@ class Cache:
         self.position = np.zeros(1, np.int64)
         self.source_length = np.zeros(1, np.int64)
 
-    def add(self, decoding: Decoding) -> None:
-        """Adds a decoding's first row, which has read BOS and nothing else."""
-        row = self.rows
-        length = next(iter(decoding.cross.values())).shape[2]
-        self._reserve(row + 1, 0, length)
-        for name in self._cross:
-            self._arrays[name][row, :, :length] = decoding.cross[name][0]
-        self.token[row], self.position[row], self.source_length[row] = BOS, 0, decoding.source_length
+    def add(self, run: StepRun) -> None:
+        """Adds the first row of a run."""
+        row, start = self.rows, run.start
+        lengths = {name: array.shape[2] for name, array in start.arrays.items()}
+        self._reserve(row + 1, max((lengths.get(name, 0) for name in self._own), default=0), 0)
+        self._reserve(row + 1, 0, max((lengths.get(name, 0) for name in self._cross), default=0))
+        for name, array in start.arrays.items():
+            self._arrays[name][row, :, : array.shape[2]] = array[0]
+        self.token[row], self.position[row], self.source_length[row] = start.token, start.position, start.source_length
         self.rows += 1
 
     def feeds(self) -> dict[str, Array]:
         """The next step's inputs, views of the rows."""
         numbers: dict[str, Array] = {
             "token": self.token,
+            "tokens": self.token[:, None],
             "position": self.position,
             "source_length": self.source_length,
         }
-        return {name: array[: self.rows] for name, array in (numbers | self._arrays).items()}
+        known = {name: numbers[name] for name in self._numbers}
+        return {name: array[: self.rows] for name, array in (known | self._arrays).items()}
 
     def append(self, outputs: dict[str, Array]) -> None:
         """Puts a step's keys and values behind those of the positions before."""
         rows = np.arange(self.rows)
         self._reserve(self.rows, int(self.position[: self.rows].max()) + 1, 0)
         for name in self._own:
-            self._arrays[name][rows, :, self.position[: self.rows]] = outputs[NEW + name]
+            new = outputs[NEW + name]
+            self._arrays[name][rows, :, self.position[: self.rows]] = new if new.ndim == 3 else new[:, :, 0]
         self.position[: self.rows] += 1
 
     def select(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
@@ -174,7 +231,7 @@ def _doubled(have: int, need: int) -> int:
 
 
 class DecodingBatch:
-    """The decodings that step together: `feeds` are a step's inputs, `settle` takes its outputs.
+    """The runs that step together: `feeds` are a step's inputs, `settle` takes its outputs.
 
     Args:
         inputs: of the step's graph.
@@ -182,86 +239,86 @@ class DecodingBatch:
 
     def __init__(self, inputs: Sequence[TensorSpec]) -> None:
         self._cache = Cache(inputs)
-        self.running: list[Decoding] = []
+        self.running: list[StepRun] = []
 
     @property
     def reserved(self) -> int:
-        """Rows that the running decodings may come to need."""
-        return sum(decoding.rows_at_most for decoding in self.running)
+        """Rows that the running runs may come to need."""
+        return sum(run.rows_at_most for run in self.running)
 
-    def add(self, decoding: Decoding) -> None:
-        """Takes a decoding in, between two steps."""
-        self._cache.add(decoding)
-        self.running.append(decoding)
+    def add(self, run: StepRun) -> None:
+        """Takes a run in, between two steps."""
+        self._cache.add(run)
+        self.running.append(run)
 
     def feeds(self) -> dict[str, Array]:
         """The next step's inputs."""
         return self._cache.feeds()
 
-    def settle(self, outputs: dict[str, Array]) -> list[Decoding]:
-        """Tells every search of the step; returns the decodings that are over, which leave."""
+    def settle(self, outputs: dict[str, Array]) -> list[StepRun]:
+        """Tells every run of the step; returns those that are over, which leave."""
         self._cache.append(outputs)
         parents: list[int] = []
         tokens: list[int] = []
         stepped, first = self.running, 0
-        for decoding in stepped:
-            rows = slice(first, first + decoding.search.rows)
-            following = decoding.advance(outputs, rows)
+        for run in stepped:
+            rows = slice(first, first + run.rows)
+            following = run.advance(outputs, rows)
             if following is not None:
                 parents += [first + parent for parent in following.parents]
                 tokens += following.tokens
             first = rows.stop
         self._cache.select(parents, tokens)
-        self.running = [decoding for decoding in stepped if not decoding.over]
-        return [decoding for decoding in stepped if decoding.over]
+        self.running = [run for run in stepped if not run.over]
+        return [run for run in stepped if run.over]
 
 
 class DecodingLoop:
-    """Steps the decodings of one served graph until none is left.
+    """Steps the runs of one served graph until none is left.
 
     Args:
-        served: the step's graph; whoever waits for a decoding holds a lease on it.
+        served: the step's graph; whoever waits for a run holds a lease on it.
     """
 
     def __init__(self, served: Served) -> None:
         self._inputs = served.manifest.inputs
         self._queue = served.batcher
         self._most_rows = served.manifest.variants[served.variant].max_batch
-        self._waiting: deque[tuple[Decoding, float]] = deque()
-        self._futures: dict[Decoding, asyncio.Future[None]] = {}
+        self._waiting: deque[tuple[StepRun, float]] = deque()
+        self._futures: dict[StepRun, asyncio.Future[None]] = {}
         self._batch = DecodingBatch(self._inputs)
         self._task: asyncio.Task[None] | None = None
 
-    async def run(self, decoding: Decoding) -> None:
-        """Decodes; returns when the search is over.
+    async def run(self, run: StepRun) -> None:
+        """Steps it; returns when it is over.
 
         Raises:
-            DeadlinePassed: before the search was over.
+            DeadlinePassed: before it was over.
         """
-        future = self._futures[decoding] = asyncio.get_running_loop().create_future()
-        self._waiting.append((decoding, time.perf_counter()))
+        future = self._futures[run] = asyncio.get_running_loop().create_future()
+        self._waiting.append((run, time.perf_counter()))
         if self._task is None:
             # of no call's context: what the loop does is everybody's
             self._task = asyncio.create_task(self._loop(), context=contextvars.Context())
         try:
             await future
         finally:
-            decoding.over = True
-            del self._futures[decoding]
+            run.over = True
+            del self._futures[run]
 
     async def _loop(self) -> None:
         try:
             while self._admit():
                 result = await self._queue.submit(self._batch.feeds())
                 self._expire()
-                for decoding in self._batch.running:
-                    decoding.infer_seconds += result.infer_seconds
-                    decoding.batch_size = result.batch_size
-                for decoding in self._batch.settle(result.outputs):
-                    self._end(decoding)
+                for run in self._batch.running:
+                    run.infer_seconds += result.infer_seconds
+                    run.batch_size = result.batch_size
+                for run in self._batch.settle(result.outputs):
+                    self._end(run)
         except Exception as error:
-            for decoding in list(self._futures):
-                self._end(decoding, error)
+            for run in list(self._futures):
+                self._end(run, error)
         finally:
             self._batch = DecodingBatch(self._inputs)  # frees its arrays
             self._task = None
@@ -270,25 +327,25 @@ class DecodingLoop:
         """Lets in whom there is room for, in order; returns whether anything is to be done."""
         self._expire()
         while self._waiting:
-            decoding, arrived = self._waiting[0]
-            full = self._batch.reserved + decoding.rows_at_most > self._most_rows
-            if self._batch.running and full and not decoding.over:
+            run, arrived = self._waiting[0]
+            full = self._batch.reserved + run.rows_at_most > self._most_rows
+            if self._batch.running and full and not run.over:
                 break
             self._waiting.popleft()
-            if not decoding.over:
-                decoding.queue_seconds = time.perf_counter() - arrived
-                self._batch.add(decoding)
+            if not run.over:
+                run.queue_seconds = time.perf_counter() - arrived
+                self._batch.add(run)
         return bool(self._batch.running)
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for decoding in list(self._futures):
-            if now >= decoding.deadline:
-                self._end(decoding, DeadlinePassed("the deadline passed before the translation was complete"))
+        for run in list(self._futures):
+            if now >= run.deadline:
+                self._end(run, DeadlinePassed("the deadline passed before the text was complete"))
 
-    def _end(self, decoding: Decoding, error: Exception | None = None) -> None:
-        decoding.over = True
-        future = self._futures.get(decoding)
+    def _end(self, run: StepRun, error: Exception | None = None) -> None:
+        run.over = True
+        future = self._futures.get(run)
         if future is None or future.done():
             return
         if error is None:

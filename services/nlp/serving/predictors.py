@@ -120,7 +120,7 @@ class Translator:
         encoded = await encoder.batcher.submit({"source": padded(source.ids)}, query.deadline)
         cross = {key: value for key, value in encoded.outputs.items() if key.startswith(CROSS)}
         search = BeamSearch(search_settings(query, len(source.ids)), keeps_attention=query.attention)
-        decoding = Decoding(search, cross, len(source.ids), query.deadline)
+        decoding = Decoding(search, cross, len(source.ids), deadline=query.deadline)
         await self._loops.of(step).run(decoding)
         started = time.perf_counter()
         vocabularies = self._vocabularies[encoder]

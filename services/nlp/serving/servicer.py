@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
@@ -9,6 +11,14 @@ from usagi.model.v1 import model_service_pb2 as model_pb
 from usagi.nlp.v1 import nlp_service_pb2 as pb
 from usagi.nlp.v1 import nlp_service_pb2_grpc as pb_grpc
 
+from services.nlp.serving.generator import (
+    GeneratedToken,
+    GenerateQuery,
+    GenerationSummary,
+    ScoreAnswer,
+    Scored,
+    TextGenerator,
+)
 from services.nlp.serving.predictors import Source, TranslateAnswer, TranslateQuery, Translation, Translator
 from services.nlp.tokenizers.special import EOS, SPECIAL_PIECES
 from shared.serving.calls import deadline_of
@@ -19,8 +29,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class NlpServicer(pb_grpc.NlpServiceServicer):
     """Answers questions about text."""
 
-    def __init__(self, translator: Translator) -> None:
-        self._translator = translator
+    def __init__(self, translator: Translator, generator: TextGenerator) -> None:
+        self._translator, self._generator = translator, generator
 
     async def Translate(self, request: pb.TranslateRequest, context: Context) -> pb.TranslateResponse:
         """Translates one sentence."""
@@ -38,6 +48,74 @@ class NlpServicer(pb_grpc.NlpServiceServicer):
         )
         return _translate_response(await self._translator.translate(query))
 
+    async def GenerateText(
+        self, request: pb.GenerateTextRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateTextResponse]:
+        """Continues a prompt, token by token."""
+        query = GenerateQuery(
+            prompt=request.prompt,
+            model=request.model,
+            version=request.version,
+            variant=request.variant,
+            max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
+            temperature=request.temperature if request.HasField("temperature") else None,
+            top_k=request.top_k if request.HasField("top_k") else None,
+            top_p=request.top_p if request.HasField("top_p") else None,
+            seed=request.seed if request.HasField("seed") else None,
+            stop=tuple(request.stop),
+            alternatives=request.alternatives,
+            deadline=deadline_of(context),
+        )
+        async with aclosing(self._generator.generate(query)) as items:
+            async for item in items:
+                yield _token(item) if isinstance(item, GeneratedToken) else _ending(item)
+
+    async def ScoreText(self, request: pb.ScoreTextRequest, context: Context) -> pb.ScoreTextResponse:
+        """Says how probable a text is."""
+        answer = await self._generator.score(
+            request.text, request.model, request.version, request.variant, deadline_of(context)
+        )
+        return pb.ScoreTextResponse(
+            tokens=map(_scored, answer.tokens),
+            log_probability=answer.log_probability,
+            perplexity=answer.perplexity,
+            info=_info(answer),
+        )
+
+
+def _scored(token: Scored) -> pb.ScoredToken:
+    return pb.ScoredToken(text=token.text, log_probability=token.log_probability)
+
+
+def _token(item: GeneratedToken) -> pb.GenerateTextResponse:
+    return pb.GenerateTextResponse(
+        text=item.text, token=_scored(item.token), alternatives=map(_scored, item.alternatives)
+    )
+
+
+def _ending(summary: GenerationSummary) -> pb.GenerateTextResponse:
+    reasons = {"length": pb.FINISH_REASON_LENGTH, "stop": pb.FINISH_REASON_STOP}
+    return pb.GenerateTextResponse(
+        text=summary.tail,
+        finish_reason=reasons[summary.finish],
+        tokens=summary.tokens,
+        seed=summary.seed,
+        info=_info(summary),
+    )
+
+
+def _info(answer: TranslateAnswer | GenerationSummary | ScoreAnswer) -> model_pb.InferenceInfo:
+    return model_pb.InferenceInfo(
+        model=answer.model,
+        version=answer.version,
+        variant=answer.variant,
+        batch_size=answer.batch_size,
+        queue_seconds=answer.queue_seconds,
+        preprocess_seconds=answer.preprocess_seconds,
+        infer_seconds=answer.infer_seconds,
+        postprocess_seconds=answer.postprocess_seconds,
+    )
+
 
 def _translate_response(answer: TranslateAnswer) -> pb.TranslateResponse:
     return pb.TranslateResponse(
@@ -45,16 +123,7 @@ def _translate_response(answer: TranslateAnswer) -> pb.TranslateResponse:
         source_words=answer.source.words,
         unknown_words=answer.source.unknown_words,
         steps=answer.steps,
-        info=model_pb.InferenceInfo(
-            model=answer.model,
-            version=answer.version,
-            variant=answer.variant,
-            batch_size=answer.batch_size,
-            queue_seconds=answer.queue_seconds,
-            preprocess_seconds=answer.preprocess_seconds,
-            infer_seconds=answer.infer_seconds,
-            postprocess_seconds=answer.postprocess_seconds,
-        ),
+        info=_info(answer),
     )
 
 

@@ -15,11 +15,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from services.nlp.serving.generator import GENERATION, VOCABULARY
 from services.nlp.serving.predictors import STEP_SUFFIX, TRANSLATION, VOCABULARIES
 from services.nlp.serving.search import SearchSettings
+from services.nlp.tokenizers.characters import CharacterTokenizer
 from services.nlp.tokenizers.vocabularies import Vocabularies
 from services.nlp.training.data import load_pairs
-from services.nlp.training.offline import OnnxTranslator
+from services.nlp.training.offline import OnnxTranslator, onnx_held_out_loss
+from services.nlp.training.publishing import CARDS
+from services.nlp.training.texts import held_back_text
 from shared.artifacts import (
     CARD_NAME,
     MANIFEST_NAME,
@@ -32,11 +36,11 @@ from shared.artifacts import (
 from shared.errors import ConfigurationError
 from shared.measures import measure_named
 from shared.training.card import render_card
+from shared.training.export import open_session
 
 SERVED_SEARCH = SearchSettings(beam=4)
 """What serving does when a request asks for nothing else."""
 GREEDY = SearchSettings(beam=1)
-CARDS = Path(__file__).parents[1] / "cards"
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def _check_variant(folder: Path, manifest: Manifest, name: str) -> Check:
     claimed = variant.metrics[measure.name]
     try:
         verify_variant(folder, variant)
-        value = _bleu(folder, manifest, name) if manifest.task == TRANSLATION else claimed
+        value = _MEASUREMENTS[manifest.task](folder, manifest, name)
     except ArtifactError as error:
         return Check(manifest.name, name, measure.text(claimed), "", error.message)
     wrong = f"{measure.text(value)}, the manifest says {measure.text(claimed)}"
@@ -88,6 +92,27 @@ def _bleu(folder: Path, manifest: Manifest, name: str) -> float:
     vocabularies = Vocabularies.from_json(read_assets(folder, manifest)[VOCABULARIES].decode())
     paths = verify_variant(folder, manifest.variants[name]), verify_variant(step_folder, step.variants[name])
     return OnnxTranslator.open(*paths, vocabularies).bleu(load_pairs("dev"), SERVED_SEARCH)
+
+
+def _encoders_claim(folder: Path, manifest: Manifest, name: str) -> float:
+    """BLEU that a step's translator claims, which is measured where that is checked."""
+    encoder = read_manifest(folder.parents[1] / manifest.name.removesuffix(STEP_SUFFIX) / str(manifest.version))
+    return encoder.variants[name].metrics[manifest.measure]
+
+
+def _nats(folder: Path, manifest: Manifest, name: str) -> float:
+    """Nats a character of a variant of a language model, on the held-back part of its text."""
+    tokenizer = CharacterTokenizer.from_json(read_assets(folder, manifest)[VOCABULARY].decode())
+    held = held_back_text(str(manifest.preprocessing["text"]))
+    session = open_session(verify_variant(folder, manifest.variants[name]))
+    return onnx_held_out_loss(session, tokenizer.encode(held), int(manifest.preprocessing["context"]))
+
+
+_MEASUREMENTS = {
+    TRANSLATION: _bleu,
+    TRANSLATION + STEP_SUFFIX: _encoders_claim,
+    GENERATION: _nats,
+}
 
 
 def _card_problem(folder: Path, manifest: Manifest) -> str:

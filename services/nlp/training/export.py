@@ -8,10 +8,8 @@ embeddings). BLEU on the corpus' dev file, with the search that serving uses, de
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,31 +27,20 @@ from services.nlp.serving.predictors import STEP_SUFFIX, TRANSLATION, VOCABULARI
 from services.nlp.tokenizers.vocabularies import Vocabularies
 from services.nlp.training.bleu import corpus_bleu
 from services.nlp.training.data import load_pairs
-from services.nlp.training.evaluate import CARDS, GREEDY, SERVED_SEARCH
+from services.nlp.training.evaluate import GREEDY, SERVED_SEARCH
 from services.nlp.training.graphs import EncoderGraph, StepGraph, export_encoder, export_step, step_examples
 from services.nlp.training.models.transformer import Transformer, TransformerConfig
 from services.nlp.training.offline import OnnxTranslator
-from shared.artifacts import (
-    CARD_NAME,
-    Asset,
-    Manifest,
-    TrainingRecord,
-    Variant,
-    publish,
-    sha256_of,
-    write_atomically,
-)
+from services.nlp.training.publishing import REFERENCE, VARIANTS, asset, describe, publish_graphs, write_variants
+from shared.artifacts import Manifest, TrainingRecord, Variant
 from shared.data.catalog import DATASETS
 from shared.errors import ConfigurationError
-from shared.training.card import render_card
-from shared.training.compact import quantize_matrices, store_half
 from shared.training.export import MAX_BYTES, PARITY_TOLERANCE, open_session, opset_of, tensor_specs
 from shared.training.latency import Latency, measure_latencies
 from shared.training.machine import cpu_name, spread
 
 LOG = logging.getLogger("usagi.export")
 MAX_BLEU_LOSS = 0.5
-VARIANTS = {"fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 LATENCY_SENTENCES = 60
 FLOAT32_BYTES = 4 * MAX_BYTES
 """Of the float32 graph, which is not bundled."""
@@ -119,7 +106,7 @@ def export(config: ExportConfig) -> list[Path]:
         parity = write_graphs(model, Path(folder))
         LOG.info("largest difference from PyTorch %.1e", parity)
         candidates = measure_variants(Path(folder), vocabularies)
-        shipped = {name: candidate for name, candidate in candidates.items() if ships(candidate, candidates["fp16"])}
+        shipped = {name: candidate for name, candidate in candidates.items() if ships(candidate, candidates[REFERENCE])}
         LOG.info("ships: %s", {name: candidate.quality["bleu"] for name, candidate in shipped.items()})
         record = training_record(config, result)
         # the step first: serving looks for it as soon as there is an encoder
@@ -152,10 +139,7 @@ def write_graphs(model: Transformer, folder: Path) -> float:
     export_step(model, folder / "step.onnx", max_bytes=FLOAT32_BYTES)
     parity = check_graphs(model, folder / "encoder.onnx", folder / "step.onnx")
     for part in ("encoder", "step"):
-        source = folder / f"{part}.onnx"
-        store_half(source, folder / f"{part}.{VARIANTS['fp16']}")
-        quantize_matrices(source, folder / f"{part}.quantised.onnx", embeddings=True)
-        store_half(folder / f"{part}.quantised.onnx", folder / f"{part}.{VARIANTS['int8']}")  # what is left in float
+        write_variants(folder / f"{part}.onnx", folder, part)
     return parity
 
 
@@ -318,8 +302,8 @@ def _publish(
     vocabularies: Vocabularies | None,
 ) -> Path:
     paths = {name: candidate.encoder if part == "encoder" else candidate.step for name, candidate in shipped.items()}
-    graph = onnx.load(str(paths["fp16"]), load_external_data=False).graph
-    text = vocabularies.to_json().encode() if vocabularies else b""
+    graph = onnx.load(str(paths[REFERENCE]), load_external_data=False).graph
+    assets = {VOCABULARIES: vocabularies.to_json().encode()} if vocabularies else {}
     manifest = Manifest(
         service="nlp",
         name=config.name + ("" if part == "encoder" else STEP_SUFFIX),
@@ -329,23 +313,12 @@ def _publish(
         inputs=tensor_specs(graph.input),
         outputs=tensor_specs(graph.output),
         variants={name: _variant(part, name, paths[name], candidate, parity) for name, candidate in shipped.items()},
-        opset=opset_of(paths["fp16"]),
+        opset=opset_of(paths[REFERENCE]),
         training=record,
         measure="bleu",
-        assets={VOCABULARIES: _asset(text)} if vocabularies else {},
+        assets={name: asset(content) for name, content in assets.items()},
     )
-
-    def fill(target: Path) -> None:
-        for name, path in paths.items():
-            shutil.copy(path, target / VARIANTS[name])
-        if vocabularies:
-            (target / VOCABULARIES).write_bytes(text)
-        (target / CARD_NAME).write_text(render_card(manifest), encoding="utf-8")
-
-    published = publish(config.root, manifest, fill)
-    if not config.quick and config.root.resolve() == Path("deploy/models").resolve():
-        write_atomically(CARDS / f"{manifest.name}.md", render_card(manifest))
-    return published
+    return publish_graphs(config.root, manifest, paths, assets, bundled=not config.quick)
 
 
 _DESCRIPTIONS = {
@@ -356,27 +329,13 @@ _DESCRIPTIONS = {
 }
 
 
-def _asset(content: bytes) -> Asset:
-    return Asset(hashlib.sha256(content).hexdigest(), len(content))
-
-
 def _variant(part: str, name: str, path: Path, candidate: Candidate, parity: float) -> Variant:
     latency = candidate.encoder_latency if part == "encoder" else candidate.step_latency
     p50, p95 = candidate.whole_ms if part == "encoder" else (latency.p50_ms, latency.p95_ms)
-    return Variant(
-        file=VARIANTS[name],
-        sha256=sha256_of(path),
-        bytes=path.stat().st_size,
-        metrics={
-            **{key: round(value, 4) for key, value in candidate.quality.items()},
-            "latency_p50_ms": round(p50, 3),
-            "latency_p95_ms": round(p95, 3),
-            "run_p50_ms": round(latency.p50_ms, 3),
-            "runs_per_second": round(latency.throughput[latency.max_batch], 2),
-            **({"parity_max_abs_diff": parity} if name == "fp16" else {}),
-        },
-        max_batch=latency.max_batch,
-    )
+    metrics = {**candidate.quality, "latency_p50_ms": round(p50, 3), "latency_p95_ms": round(p95, 3)}
+    if name == REFERENCE:
+        metrics["parity_max_abs_diff"] = parity
+    return describe(name, path, metrics, latency)
 
 
 def main(config: ExportConfig) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from services.nlp.training.models.attention import HIDDEN, padding_mask
+from services.nlp.training.models.gpt import Gpt
 from services.nlp.training.models.transformer import Transformer
 from shared.training.export import export_graph
 
@@ -114,4 +115,58 @@ def step_examples(
         source - torch.arange(rows) % source,
         [torch.randn(own) for _ in range(2 * config.layers)],
         [torch.randn(other) for _ in range(2 * config.layers)],
+    )
+
+
+class GptGraph(nn.Module):
+    """Positions behind a cache: one in a step, many when a prompt is read.
+
+    Inputs: `tokens` `[B, Q]`; `position` `[B]`, where the first of them stands; `cache`: keys and values `[B, heads,
+        P, width]` of each layer, of which those from `position` on are hidden.
+
+    Outputs: log-probabilities `[B, Q, V]` of what follows each, and their keys and values `[B, heads, Q, width]` of
+        each layer.
+    """
+
+    def __init__(self, model: Gpt) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, position: Tensor, cache: Tensors) -> tuple[Tensor, ...]:
+        """See the class."""
+        Q, P = tokens.shape[1], cache[0].shape[2]
+        past = torch.where(torch.arange(P)[None] < position[:, None], 0.0, HIDDEN)  # [B, P]
+        later = torch.arange(Q)[None] > torch.arange(Q)[:, None]
+        own = torch.where(later, HIDDEN, 0.0)  # [Q, Q]
+        mask = torch.cat((past[:, None].expand(-1, Q, -1), own[None].expand(tokens.shape[0], -1, -1)), dim=-1)[:, None]
+        x = self.model.tokens(tokens) + self.model.positions(position[:, None] + torch.arange(Q)[None])
+        new: Tensors = []
+        for index, block in enumerate(self.model.blocks):
+            x, made = block.step(x, (cache[2 * index], cache[2 * index + 1]), mask)  # type: ignore[operator]
+            new += made
+        return torch.log_softmax(self.model.logits(x), dim=-1), *new
+
+
+def export_gpt(model: Gpt, path: Path) -> None:
+    """Writes the graph of a language model."""
+    layers = model.config.layers
+    batch, new, past = (torch.export.Dim(name, min=1) for name in ("batch", "new", "past"))
+    export_graph(
+        GptGraph(model).eval(),
+        gpt_examples(model, rows=2, new=3, past=5),
+        ({0: batch, 1: new}, {0: batch}, [{0: batch, 2: past}] * (2 * layers)),
+        path,
+        input_names=["tokens", "position", *cache_names(layers)],
+        output_names=["log_probabilities", *cache_names(layers, "new_")],
+    )
+
+
+def gpt_examples(model: Gpt, *, rows: int, new: int, past: int) -> tuple[Tensor, Tensor, Tensors]:
+    """Random inputs: positions differ from row to row."""
+    config = model.config
+    shape = (rows, config.heads, past, config.width // config.heads)
+    return (
+        torch.randint(4, config.vocabulary, (rows, new)),
+        past - torch.arange(rows) % past,
+        [torch.randn(shape) for _ in range(2 * config.layers)],
     )

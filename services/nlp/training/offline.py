@@ -1,13 +1,15 @@
-"""Translates many sentences with exported graphs, by the very search and batch that serving uses, without a server."""
+"""Exported graphs without a server: translating by the very search and batch that serving uses, and scoring text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from services.nlp.serving.decoding import CROSS, Decoding, DecodingBatch
 from services.nlp.serving.predictors import padded
@@ -70,3 +72,26 @@ class OnnxTranslator:
             TensorSpec(value.name, "", tuple(-1 if isinstance(size, str) else size for size in value.shape))
             for value in self.step.get_inputs()
         ]
+
+
+def onnx_held_out_loss(session: ort.InferenceSession, ids: Sequence[int], context: int, batch: int = 32) -> float:
+    """Nats a token over a whole text: windows move by half a context, and only their second half counts."""
+    half, text = context // 2, np.array(ids, np.int64)
+    starts = np.arange(0, len(text) - context - 1, half)
+    total, count = 0.0, 0
+    for at in range(0, len(starts), batch):
+        rows = text[starts[at : at + batch, None] + np.arange(context + 1)]
+        log_probabilities = session.run(["log_probabilities"], reading_feeds(session, rows[:, :-1]))[0][:, half:]
+        chosen = np.take_along_axis(log_probabilities, rows[:, 1 + half :, None], axis=-1)
+        total -= float(chosen.sum(dtype=np.float64))
+        count += chosen.size
+    return total / count
+
+
+def reading_feeds(session: ort.InferenceSession, tokens: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """The inputs that read `tokens` `[B, Q]` from the beginning."""
+    feeds: dict[str, NDArray[Any]] = {"tokens": tokens, "position": np.zeros(len(tokens), np.int64)}
+    for entry in session.get_inputs():
+        if len(entry.shape) == 4:
+            feeds[entry.name] = np.zeros((len(tokens), entry.shape[1], 1, entry.shape[3]), np.float32)
+    return feeds

@@ -50,6 +50,8 @@ class TrainConfig:
     """Of initialisation, order and dropout."""
     epochs: int = 20
     """Passes over the training part."""
+    last_epoch: int | None = None
+    """Stop after so many of them, where time is short; without it the same command goes on from there."""
     learning_rate: float = 1e-3
     """Peak of the schedule."""
     batch: int = 96
@@ -155,7 +157,8 @@ def train(config: TrainConfig) -> dict[str, object]:
         BleuValidator(held.take(range(min(500, len(held)))), vocabularies),
         config.fit,
         config.folder,
-        fingerprint=config.command,
+        last_epoch=config.last_epoch,
+        fingerprint=dataclasses.replace(config, last_epoch=None).command,
     ).run()
     dev = BleuValidator(load_pairs("dev"), vocabularies)(model.eval())
     result = {

@@ -56,6 +56,25 @@ class MultiHeadAttention(nn.Module):
         joined = mixed.transpose(1, 2).flatten(2)  # [B, T, width]
         return self.output(joined), weights
 
+    def attend_in_parts(
+        self, queries: Tensor, cache: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], mask: Tensor
+    ) -> Tensor:
+        """As `attend` over the cache and the new positions together, without joining them: a long cache is not copied.
+
+        Args:
+            queries: `[B, Q, width]`.
+            cache: keys and values `[B, heads, P, head_width]`.
+            new: keys and values `[B, heads, Q, head_width]`.
+            mask: added to the scores `[B, heads, Q, P + Q]`.
+        """
+        P = cache[0].shape[2]
+        q = self._split(self.query(queries)) / math.sqrt(self.head_width)
+        scores = torch.cat([q @ part[0].transpose(-2, -1) for part in (cache, new)], dim=-1) + mask
+        weights = torch.softmax(scores, dim=-1)
+        mixed = weights[..., :P] @ cache[1] + weights[..., P:] @ new[1]
+        answer: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        return answer
+
     def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         """`[B, T, width]` queries over `[B, S, width]` → `[B, T, width]`."""
         keys, values = self.project(memory)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from usagi.model.v1 import model_service_pb2 as usagi_dot_model_dot_v1_dot_model__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eusagi/nlp/v1/nlp_service.proto\x12\x0cusagi.nlp.v1\x1a\"usagi/model/v1/model_service.proto\"\xf8\x01\n\x10TranslateRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\x11\n\x04\x62\x65\x61m\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06n_best\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x07 \x01(\x05H\x02\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x08 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\tattention\x18\t \x01(\x08\x42\x07\n\x05_beamB\t\n\x07_n_bestB\r\n\x0b_max_tokensB\x11\n\x0f_length_penalty\"\xa5\x01\n\nHypothesis\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05words\x18\x02 \x03(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\t\x12\r\n\x05score\x18\x04 \x01(\x02\x12\x17\n\x0flog_probability\x18\x05 \x01(\x02\x12\x30\n\tattention\x18\x06 \x01(\x0b\x32\x1d.usagi.nlp.v1.AttentionMatrix\x12\x10\n\x08\x66inished\x18\x07 \x01(\x08\"o\n\x0f\x41ttentionMatrix\x12\x0c\n\x04rows\x18\x01 \x01(\x05\x12\x0f\n\x07\x63olumns\x18\x02 \x01(\x05\x12\x0f\n\x07weights\x18\x03 \x03(\x02\x12\x15\n\rsource_tokens\x18\x04 \x03(\t\x12\x15\n\rtarget_tokens\x18\x05 \x03(\t\"\xaa\x01\n\x11TranslateResponse\x12,\n\nhypotheses\x18\x01 \x03(\x0b\x32\x18.usagi.nlp.v1.Hypothesis\x12\x14\n\x0csource_words\x18\x02 \x03(\t\x12\x15\n\runknown_words\x18\x03 \x03(\t\x12\r\n\x05steps\x18\x04 \x01(\x05\x12+\n\x04info\x18\x05 \x01(\x0b\x32\x1d.usagi.model.v1.InferenceInfo2_\n\nNlpService\x12Q\n\tTranslate\x12\x1e.usagi.nlp.v1.TranslateRequest\x1a\x1f.usagi.nlp.v1.TranslateResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eusagi/nlp/v1/nlp_service.proto\x12\x0cusagi.nlp.v1\x1a\"usagi/model/v1/model_service.proto\"\xf8\x01\n\x10TranslateRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\x11\n\x04\x62\x65\x61m\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06n_best\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x07 \x01(\x05H\x02\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x08 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\tattention\x18\t \x01(\x08\x42\x07\n\x05_beamB\t\n\x07_n_bestB\r\n\x0b_max_tokensB\x11\n\x0f_length_penalty\"\xa5\x01\n\nHypothesis\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05words\x18\x02 \x03(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\t\x12\r\n\x05score\x18\x04 \x01(\x02\x12\x17\n\x0flog_probability\x18\x05 \x01(\x02\x12\x30\n\tattention\x18\x06 \x01(\x0b\x32\x1d.usagi.nlp.v1.AttentionMatrix\x12\x10\n\x08\x66inished\x18\x07 \x01(\x08\"o\n\x0f\x41ttentionMatrix\x12\x0c\n\x04rows\x18\x01 \x01(\x05\x12\x0f\n\x07\x63olumns\x18\x02 \x01(\x05\x12\x0f\n\x07weights\x18\x03 \x03(\x02\x12\x15\n\rsource_tokens\x18\x04 \x03(\t\x12\x15\n\rtarget_tokens\x18\x05 \x03(\t\"\xaa\x01\n\x11TranslateResponse\x12,\n\nhypotheses\x18\x01 \x03(\x0b\x32\x18.usagi.nlp.v1.Hypothesis\x12\x14\n\x0csource_words\x18\x02 \x03(\t\x12\x15\n\runknown_words\x18\x03 \x03(\t\x12\r\n\x05steps\x18\x04 \x01(\x05\x12+\n\x04info\x18\x05 \x01(\x0b\x32\x1d.usagi.model.v1.InferenceInfo\"\xa4\x02\n\x13GenerateTextRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x14\n\x0c\x61lternatives\x18\x0b \x01(\x05\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"4\n\x0bScoredToken\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x17\n\x0flog_probability\x18\x02 \x01(\x02\"\xfd\x01\n\x14GenerateTextResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12(\n\x05token\x18\x02 \x01(\x0b\x32\x19.usagi.nlp.v1.ScoredToken\x12/\n\x0c\x61lternatives\x18\x03 \x03(\x0b\x32\x19.usagi.nlp.v1.ScoredToken\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.usagi.nlp.v1.FinishReason\x12\x0e\n\x06tokens\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12+\n\x04info\x18\x07 \x01(\x0b\x32\x1d.usagi.model.v1.InferenceInfo\"Q\n\x10ScoreTextRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07variant\x18\x04 \x01(\t\"\x98\x01\n\x11ScoreTextResponse\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.usagi.nlp.v1.ScoredToken\x12\x17\n\x0flog_probability\x18\x02 \x01(\x02\x12\x12\n\nperplexity\x18\x03 \x01(\x02\x12+\n\x04info\x18\x04 \x01(\x0b\x32\x1d.usagi.model.v1.InferenceInfo*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x32\x90\x02\n\nNlpService\x12Q\n\tTranslate\x12\x1e.usagi.nlp.v1.TranslateRequest\x1a\x1f.usagi.nlp.v1.TranslateResponse\"\x03\x90\x02\x01\x12\\\n\x0cGenerateText\x12!.usagi.nlp.v1.GenerateTextRequest\x1a\".usagi.nlp.v1.GenerateTextResponse\"\x03\x90\x02\x01\x30\x01\x12Q\n\tScoreText\x12\x1e.usagi.nlp.v1.ScoreTextRequest\x1a\x1f.usagi.nlp.v1.ScoreTextResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,6 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NLPSERVICE'].methods_by_name['Translate']._loaded_options = None
   _globals['_NLPSERVICE'].methods_by_name['Translate']._serialized_options = b'\220\002\001'
+  _globals['_NLPSERVICE'].methods_by_name['GenerateText']._loaded_options = None
+  _globals['_NLPSERVICE'].methods_by_name['GenerateText']._serialized_options = b'\220\002\001'
+  _globals['_NLPSERVICE'].methods_by_name['ScoreText']._loaded_options = None
+  _globals['_NLPSERVICE'].methods_by_name['ScoreText']._serialized_options = b'\220\002\001'
+  _globals['_FINISHREASON']._serialized_start=1632
+  _globals['_FINISHREASON']._serialized_end=1727
   _globals['_TRANSLATEREQUEST']._serialized_start=85
   _globals['_TRANSLATEREQUEST']._serialized_end=333
   _globals['_HYPOTHESIS']._serialized_start=336
@@ -42,6 +48,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTENTIONMATRIX']._serialized_end=614
   _globals['_TRANSLATERESPONSE']._serialized_start=617
   _globals['_TRANSLATERESPONSE']._serialized_end=787
-  _globals['_NLPSERVICE']._serialized_start=789
-  _globals['_NLPSERVICE']._serialized_end=884
+  _globals['_GENERATETEXTREQUEST']._serialized_start=790
+  _globals['_GENERATETEXTREQUEST']._serialized_end=1082
+  _globals['_SCOREDTOKEN']._serialized_start=1084
+  _globals['_SCOREDTOKEN']._serialized_end=1136
+  _globals['_GENERATETEXTRESPONSE']._serialized_start=1139
+  _globals['_GENERATETEXTRESPONSE']._serialized_end=1392
+  _globals['_SCORETEXTREQUEST']._serialized_start=1394
+  _globals['_SCORETEXTREQUEST']._serialized_end=1475
+  _globals['_SCORETEXTRESPONSE']._serialized_start=1478
+  _globals['_SCORETEXTRESPONSE']._serialized_end=1630
+  _globals['_NLPSERVICE']._serialized_start=1730
+  _globals['_NLPSERVICE']._serialized_end=2002
 # @@protoc_insertion_point(module_scope)

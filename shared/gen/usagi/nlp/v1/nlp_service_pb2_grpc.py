@@ -40,6 +40,16 @@ class NlpServiceStub:
                 request_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.TranslateRequest.SerializeToString,
                 response_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.TranslateResponse.FromString,
                 _registered_method=True)
+        self.GenerateText = channel.unary_stream(
+                '/usagi.nlp.v1.NlpService/GenerateText',
+                request_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.GenerateTextRequest.SerializeToString,
+                response_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.GenerateTextResponse.FromString,
+                _registered_method=True)
+        self.ScoreText = channel.unary_unary(
+                '/usagi.nlp.v1.NlpService/ScoreText',
+                request_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextRequest.SerializeToString,
+                response_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextResponse.FromString,
+                _registered_method=True)
 
 
 class NlpServiceServicer:
@@ -53,6 +63,20 @@ class NlpServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateText(self, request, context):
+        """GenerateText continues a prompt and streams the text token by token; it stops when the caller goes away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScoreText(self, request, context):
+        """ScoreText says how probable a text is, token by token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NlpServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +84,16 @@ def add_NlpServiceServicer_to_server(servicer, server):
                     servicer.Translate,
                     request_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.TranslateRequest.FromString,
                     response_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.TranslateResponse.SerializeToString,
+            ),
+            'GenerateText': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateText,
+                    request_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.GenerateTextRequest.FromString,
+                    response_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.GenerateTextResponse.SerializeToString,
+            ),
+            'ScoreText': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScoreText,
+                    request_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextRequest.FromString,
+                    response_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +124,60 @@ class NlpService:
             '/usagi.nlp.v1.NlpService/Translate',
             usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.TranslateRequest.SerializeToString,
             usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.TranslateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateText(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/usagi.nlp.v1.NlpService/GenerateText',
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.GenerateTextRequest.SerializeToString,
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.GenerateTextResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreText(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/usagi.nlp.v1.NlpService/ScoreText',
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextRequest.SerializeToString,
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextResponse.FromString,
             options,
             channel_credentials,
             insecure,

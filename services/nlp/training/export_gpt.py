@@ -1,0 +1,215 @@
+"""Exports a trained language model and publishes it: `python -m services.nlp.training.export_gpt --text shakespeare`.
+
+One graph reads a prompt and makes steps; variants as of the translators. int8 ships if its loss on the held-back text
+is at most 0.02 nats a character above that of `fp16`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+import tyro
+from numpy.typing import NDArray
+
+from services.nlp.serving.generator import GENERATION, VOCABULARY
+from services.nlp.tokenizers.characters import CharacterTokenizer
+from services.nlp.training.graphs import GptGraph, export_gpt, gpt_examples
+from services.nlp.training.models.gpt import Gpt, GptConfig
+from services.nlp.training.offline import onnx_held_out_loss
+from services.nlp.training.publishing import REFERENCE, asset, describe, publish_graphs, write_variants
+from services.nlp.training.texts import TEXTS, held_back_text
+from shared.artifacts import Manifest, TrainingRecord
+from shared.data.catalog import DATASETS
+from shared.errors import ConfigurationError
+from shared.training.export import PARITY_TOLERANCE, open_session, opset_of, tensor_specs
+from shared.training.latency import measure_latencies
+from shared.training.machine import cpu_name, spread
+
+LOG = logging.getLogger("usagi.export")
+MAX_RISE = 0.02
+
+
+@dataclass(frozen=True)
+class ExportGptConfig:
+    """Exports a trained language model to ONNX, compresses it, and publishes it with its manifest."""
+
+    text: Literal["shakespeare", "soseki"] = "shakespeare"
+    """What the run read."""
+    seed: int = 0
+    """Seed of the run to ship."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    root: Path = Path("var/models")
+    """Model root to publish into; `deploy/models` holds what the images are built with."""
+    version: int = 1
+    """Version number to publish as; the same version is replaced."""
+    quick: bool = False
+    """Export a `--quick` run; the card is not copied to `services/nlp/cards`."""
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run to ship lives."""
+        return self.runs / f"{self.text}-gpt" / (f"seed{self.seed}" + ("-quick" if self.quick else ""))
+
+    @property
+    def command(self) -> str:
+        """The command line that exports this run again, without paths of the machine."""
+        words = ["python -m services.nlp.training.export_gpt", f"--text {self.text}", f"--seed {self.seed}"]
+        words += [f"--version {self.version}"] if self.version != 1 else []
+        return " ".join([*words, "--quick"] if self.quick else words)
+
+
+def export(config: ExportGptConfig) -> Path:
+    """Exports, measures, judges and publishes a run; returns the folder of the published version.
+
+    Raises:
+        ConfigurationError: the run is not finished, or the export differs from PyTorch.
+    """
+    result = read_result(config.run_folder)
+    torch.set_num_threads(1)
+    vocabulary = (config.run_folder / VOCABULARY).read_text(encoding="utf-8")
+    model = Gpt(GptConfig(**result["network"])).eval()
+    model.load_state_dict(torch.load(config.run_folder / "weights.pt", weights_only=True))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "gpt.onnx"
+        export_gpt(model, source)
+        parity = check_gpt(model, source)
+        paths = write_variants(source, Path(folder), "gpt")
+        manifest = _manifest(config, result, model, paths, vocabulary, parity)
+        assets = {VOCABULARY: vocabulary.encode()}
+        return publish_graphs(config.root, manifest, paths, assets, bundled=not config.quick)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The `result.json` of a run.
+
+    Raises:
+        ConfigurationError: the run is missing or not finished.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        raise ConfigurationError(
+            f"{path} does not exist; train first: python -m services.nlp.training.train_gpt --help"
+        )
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+def check_gpt(model: Gpt, path: Path) -> float:
+    """Largest difference between the graph and PyTorch, over several numbers of rows, of new and of cached positions.
+
+    Raises:
+        ConfigurationError: it is above PARITY_TOLERANCE; the export is wrong.
+    """
+    session = open_session(path)
+    worst = 0.0
+    with torch.inference_mode():
+        for rows, new, past in ((1, 1, 1), (2, 5, 4), (5, 1, 40)):
+            tokens, position, cache = gpt_examples(model, rows=rows, new=new, past=past)
+            inputs = (tokens, position, *cache)
+            feeds = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), inputs, strict=True)}
+            for one, other in zip(GptGraph(model)(tokens, position, cache), session.run(None, feeds), strict=True):
+                worst = max(worst, float(np.abs(one.numpy() - other).max()))
+    if not worst <= PARITY_TOLERANCE:
+        raise ConfigurationError(f"the exported graph differs from PyTorch by {worst:.2e}")
+    return worst
+
+
+def _manifest(
+    config: ExportGptConfig,
+    result: dict[str, Any],
+    model: Gpt,
+    paths: dict[str, Path],
+    vocabulary: str,
+    parity: float,
+) -> Manifest:
+    ids = CharacterTokenizer.from_json(vocabulary).encode(held_back_text(config.text))
+    context = model.config.context
+    sessions = {name: open_session(path) for name, path in paths.items()}
+    nats = {name: onnx_held_out_loss(session, ids, context) for name, session in sessions.items()}
+    latencies = measure_latencies(
+        {name: _step(session, context // 2) for name, session in sessions.items()}, np.zeros((1, 1), np.float32)
+    )
+    LOG.info("nats a character: %s", nats)
+    shipped = [name for name in paths if nats[name] <= nats[REFERENCE] + MAX_RISE]
+    graph = onnx.load(str(paths[REFERENCE])).graph
+    title = TEXTS[config.text].title
+    metrics = {
+        name: {
+            "nats": nats[name],
+            "perplexity": float(np.exp(nats[name])),
+            "latency_p50_ms": latencies[name].p50_ms,
+            "latency_p95_ms": latencies[name].p95_ms,
+            "held_back_characters": float(len(ids)),
+            **({"parity_max_abs_diff": parity} if name == REFERENCE else {}),
+        }
+        for name in shipped
+    }
+    return Manifest(
+        service="nlp",
+        name=f"{config.text}-gpt",
+        version=config.version,
+        task=GENERATION,
+        description=f"Continues text as {title} would: GPT over characters, {model.config.layers} layers of "
+        f"{model.config.width}, {context} characters in sight. Times are those of one step of one row.",
+        inputs=tensor_specs(graph.input),
+        outputs=tensor_specs(graph.output),
+        variants={name: describe(name, paths[name], metrics[name], latencies[name]) for name in shipped},
+        preprocessing={"context": context, "text": config.text},
+        opset=opset_of(paths[REFERENCE]),
+        training=_record(config, result),
+        measure="nats",
+        assets={VOCABULARY: asset(vocabulary.encode())},
+    )
+
+
+def _step(session: Any, past: int) -> Any:
+    """One step of as many rows as the batch has, in the middle of a window."""
+
+    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        rows = len(batch)
+        feeds: dict[str, NDArray[Any]] = {
+            "tokens": np.full((rows, 1), 10, np.int64),
+            "position": np.full(rows, past, np.int64),
+        }
+        for entry in session.get_inputs():
+            if len(entry.shape) == 4:
+                feeds[entry.name] = np.ones((rows, entry.shape[1], past, entry.shape[3]), np.float32)
+        return np.asarray(session.run(["log_probabilities"], feeds)[0])
+
+    return predict
+
+
+def _record(config: ExportGptConfig, result: dict[str, Any]) -> TrainingRecord:
+    dataset = DATASETS[TEXTS[config.text].dataset]
+    runs = [read_result(path.parent) for path in sorted(config.run_folder.parent.glob("seed*/result.json"))]
+    recipe = str(result["command"]).replace(f"--seed {result['seed']}", "")
+    same = [run for run in runs if str(run["command"]).replace(f"--seed {run['seed']}", "") == recipe]
+    return TrainingRecord(
+        command=f"{result['command']} && {config.command}",
+        seed=config.seed,
+        data=f"{dataset.description}; {dataset.source_url}; the last tenth of the text is held back",
+        data_licence=dataset.licence,
+        device=cpu_name(),
+        wall_seconds=result["wall_seconds"],
+        baselines=result["baselines"],
+        spread={"nats": spread([run["nats"] for run in same])} if len(same) > 1 else {},
+    )
+
+
+def main(config: ExportGptConfig) -> None:
+    """Publishes and says where."""
+    print(f"published {export(config)}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    main(tyro.cli(ExportGptConfig, description=__doc__))
