@@ -1,6 +1,7 @@
 """What a container can do and reach, asked from inside of it."""
 
 import json
+import runpy
 import socket
 import struct
 from pathlib import Path
@@ -11,6 +12,8 @@ from shared.services_table import load_table
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(400)]
 
+ROOT = Path(__file__).parents[2]
+SCAN = runpy.run_path(str(ROOT / "deploy/scan/find_secrets.py"))
 TABLE = load_table()
 RUNNING = ["gateway", *TABLE.services]
 
@@ -67,8 +70,40 @@ def test_locked_down(stack, service):
     assert inside["training"] == []
 
 
+OURS = ("/app", "/etc", "/home", "/root", "/srv", "/tmp", "/var")
+"""Folders with files of ours; packages and the rest of the base image show keys in their documentation."""
+SECRETS_INSIDE = """
+import json, os
+found, files = [], 0
+for top in %r:
+    for folder, names, paths in os.walk(top):
+        for path in (os.path.join(folder, path) for path in paths):
+            if os.path.isfile(path) and os.access(path, os.R_OK) and not path.endswith((".onnx", ".pyc", ".binpb")):
+                files += 1
+                text = open(path, "rb").read(1_000_000).decode("latin-1")
+                found += [(path, kind) for kind, pattern in KINDS.items() if pattern.search(text)]
+print(json.dumps([files, found, dict(os.environ)]))
+"""
+
+
+@pytest.mark.parametrize("service", RUNNING)
+def test_no_secret_is_in_an_image(stack, service):
+    """By the patterns of `make scan`: every file that it can read, its environment, its layers' history."""
+    source = (ROOT / "deploy/scan/find_secrets.py").read_text().split("if __name__")[0]
+    source = source.replace("Path(__file__)", "Path('/x')")
+    (container,) = stack.containers(service)
+    files, found, environment = stack.python(container, source + SECRETS_INSIDE % (OURS,))
+    assert files > 100, "it looked"
+    assert found == []
+    history = stack.run(
+        "docker", "history", "--no-trunc", "--format", "{{.CreatedBy}}", stack.inspect(container)["Image"]
+    )
+    lines = [*history.splitlines(), *(f"{name}={value}" for name, value in environment.items())]
+    assert [line for line in lines if list(SCAN["secrets_in"](line))] == []
+
+
 REACHED = """
-import json, socket
+import concurrent.futures, json, socket
 def reached(address):
     try:
         socket.create_connection(address, 2).close()
@@ -77,7 +112,10 @@ def reached(address):
     except OSError:
         return False
     return True
-print(json.dumps([address for address in json.loads('%s') if reached(tuple(address))]))
+addresses = json.loads('%s')
+with concurrent.futures.ThreadPoolExecutor(len(addresses)) as pool:
+    answers = list(pool.map(reached, map(tuple, addresses)))
+print(json.dumps([address for address, answer in zip(addresses, answers) if answer]))
 """
 
 
