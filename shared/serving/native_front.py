@@ -146,6 +146,7 @@ class NativeFront:
                 context.direct = direct
                 continue
             context.task = loop.create_task(self._run(method, context, payload))
+            context.task.add_done_callback(context.released)  # also of one that is cancelled before it begins
 
     def _refusal(self, path: str, payload: bytes) -> Exception | None:
         if self._stopping:
@@ -171,8 +172,6 @@ class NativeFront:
         except Exception:  # wrapped handlers never come here
             log.exception("unexpected error", extra={"method": method.path})
             context.fail(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
-        finally:
-            context.release()
 
 
 class _Method:
@@ -277,6 +276,10 @@ class NativeContext:
     def release(self) -> None:
         """The call is over, whatever its outcome."""
         self._calls.pop(self.call_id, None)
+
+    def released(self, _: object) -> None:
+        """As `release`, told by the call's task when it is done."""
+        self.release()
 
     def fail(self, code: grpc.StatusCode, details: str, trailing_metadata: Trailers = ()) -> None:
         """Ends the call with that status, if it has not ended."""

@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from inference import open_inference_grpc_pb2 as pb
 from inference import open_inference_grpc_pb2_grpc as pb_grpc
+from pygrpc_native import EVENT_CANCEL
 
 from shared.errors import InvalidInput
 from shared.serving import options
@@ -221,3 +222,28 @@ def test_the_server_behind_the_native_front_keeps_its_connection(monkeypatch):
         return await goodbyes(made)
 
     assert asyncio.run(main()) == 0
+
+
+def test_calls_that_are_cancelled_before_they_begin_are_forgotten():
+    """A call and its end in one batch of the wheel's events: the task is cancelled before its first step."""
+    handlers = CallHandlers(Telemetry("test"))
+    hang = grpc.unary_unary_rpc_method_handler(Streams().hang)
+    handlers.add_registered_method_handlers("test.Streams", {"Hang": hang})
+
+    async def main():
+        front = make_front("native", handlers, LIMIT)
+        front.listen("127.0.0.1:0")
+        await front.start()
+        method = next(index for index, method in enumerate(front._methods) if method.path.endswith("Hang"))
+        details = ((), "ipv4:127.0.0.1:1", None)
+        call = ("call", 1 << 40, method, b"", None, details)  # an id that no real call has
+        front._take(front._listening(), asyncio.get_running_loop(), [call, (EVENT_CANCEL, *call[1:])])
+        held = len(front._calls)
+        await asyncio.sleep(0.05)
+        left, started = len(front._calls), asyncio.get_running_loop().time()
+        await front.stop(20.0)
+        return held, left, asyncio.get_running_loop().time() - started
+
+    held, left, seconds = asyncio.run(main())
+    assert (held, left) == (1, 0)
+    assert seconds < 5, "stopping waits for nobody"

@@ -24,7 +24,7 @@ class SearchSettings:
 
     Attributes:
         beam: running hypotheses, 1 or more.
-        max_tokens: longest hypothesis, the end not counted.
+        max_tokens: longest hypothesis, the end counted.
         length_penalty: exponent a of ((5 + length) / 6)^a, the divisor of log-probabilities (Wu et al. 2016, equation
             14); the length counts the end.
     """

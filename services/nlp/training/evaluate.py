@@ -90,6 +90,8 @@ def _bleu(folder: Path, manifest: Manifest, name: str) -> float:
     step_folder = folder.parents[1] / (manifest.name + STEP_SUFFIX) / str(manifest.version)
     step = read_manifest(step_folder)
     vocabularies = Vocabularies.from_json(read_assets(folder, manifest)[VOCABULARIES].decode())
+    if name not in step.variants:
+        raise ArtifactError(f"{step_folder} has no variant {name}, which its encoder has; publish both again")
     paths = verify_variant(folder, manifest.variants[name]), verify_variant(step_folder, step.variants[name])
     return OnnxTranslator.open(*paths, vocabularies).bleu(load_pairs("dev"), SERVED_SEARCH)
 

@@ -28,7 +28,7 @@ PROMPT = "ROMEO:\nBut soft, what light"
 
 @pytest.fixture(scope="module")
 def server():
-    config = NlpConfig(model_roots=(SHIPPED,), threads=2, grace_seconds=1.0, queue_size=300, log_level="WARNING")
+    config = NlpConfig(model_roots=(SHIPPED,), threads=2, queue_size=300, log_level="WARNING")
     with running_server("nlp", config, registration(config)) as running:
         yield running
 

@@ -34,8 +34,7 @@ SENTENCES = (
 
 
 def toy_config(chain, **changes):
-    # a call that is cancelled before its task begins may hold a stopping server for the whole grace
-    settings = {"threads": 2, "default_translator": "toy", "grace_seconds": 1.0} | changes
+    settings = {"threads": 2, "default_translator": "toy"} | changes
     return NlpConfig(model_roots=(chain.root,), **settings)
 
 
@@ -54,7 +53,7 @@ def toy_client(toy):
 
 @pytest.fixture(scope="module")
 def shipped():
-    config = NlpConfig(model_roots=(SHIPPED,), threads=2, grace_seconds=1.0)
+    config = NlpConfig(model_roots=(SHIPPED,), threads=2)
     with running_server("nlp", config, registration(config)) as running:
         yield running.address
 

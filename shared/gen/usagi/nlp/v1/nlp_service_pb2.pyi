@@ -74,7 +74,7 @@ class TranslateRequest(_message.Message):
     n_best: _builtins.int
     """Number of translations to return, best first; 1 to `beam`. Unset means 1."""
     max_tokens: _builtins.int
-    """Longest translation in pieces of the model, 1 to 200. Unset means as many as the sentence has, times 2, plus 10."""
+    """Longest translation in pieces of the model, its end counted, 1 to 200. Unset means as many as the sentence has, times 2, plus 10."""
     length_penalty: _builtins.float
     """Exponent of the length penalty ((5 + length) / 6)^a by which a hypothesis' log-probability is divided, 0 to 2; larger
     values favour longer translations. Unset means 0.6.
@@ -230,7 +230,7 @@ class TranslateResponse(_message.Message):
     """Number of runs of the decoder's graph, shared with other requests."""
     @_builtins.property
     def hypotheses(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hypothesis]:
-        """The translations, best first; fewer than `n_best` if the search found fewer."""
+        """The translations, best first, those that `max_tokens` cut off last; fewer than `n_best` if the search found fewer."""
 
     @_builtins.property
     def source_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
