@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from services.gateway.tls import AUTHORITY, make_certificate
+from shared.services_table import load_table
 from tests.e2e.stack import ROOT, ComposeStack
 
 LOOPBACK = ("--advertise-addr", "127.0.0.1", "--listen-addr", "127.0.0.1:2377")
@@ -60,16 +61,19 @@ class SwarmStack:
         self.target = f"127.0.0.1:{self.port}"
 
     def deploy(self) -> None:
-        """Makes a certificate, deploys the stack with it, and does not wait."""
+        """Makes a certificate, deploys the stack with it, and does not wait; only vision gets replicas."""
         with tempfile.TemporaryDirectory() as folder:
             both = make_certificate(Path(folder))
             self.ca = both.with_name(AUTHORITY).read_bytes()
             for secret in self.secrets.values():
                 docker("secret", "create", secret, str(both))
-        ours = {"USAGI_IMAGES": self.images.project, "USAGI_GATEWAY_PORT": str(self.port)}
-        files = [f"--compose-file=deploy/swarm/{name}.yaml" for name in ("stack", "tls")]
-        environment = {**os.environ, **ours, **self.secrets}
-        docker("stack", "deploy", "--resolve-image=never", *files, self.name, environment=environment)
+            others = {name: {"deploy": {"replicas": 0}} for name in load_table().services if name != "vision"}
+            few = Path(folder) / "few.yaml"
+            few.write_text(json.dumps({"version": "3.9", "services": others}), encoding="utf-8")
+            files = [f"--compose-file={path}" for path in ("deploy/swarm/stack.yaml", "deploy/swarm/tls.yaml", few)]
+            ours = {"USAGI_IMAGES": self.images.project, "USAGI_GATEWAY_PORT": str(self.port)}
+            environment = {**os.environ, **ours, **self.secrets}
+            docker("stack", "deploy", "--resolve-image=never", *files, self.name, environment=environment)
 
     @property
     def secrets(self) -> dict[str, str]:
