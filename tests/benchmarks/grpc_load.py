@@ -42,11 +42,12 @@ class Generator:
 
     async def _one(self, stub: grpc.aio.UnaryUnaryMultiCallable, began: float) -> None:
         try:
-            self.reply_bytes += len(await stub(self._call.body, metadata=self._metadata))
+            reply = await stub(self._call.body, metadata=self._metadata)
         except grpc.aio.AioRpcError:
             self.failed += 1
         else:
             self.latencies.append(time.perf_counter() - began)
+            self.reply_bytes += len(reply)
 
     async def open(self, channel: grpc.aio.Channel, rate: float) -> None:
         """One call every 1 / rate seconds, whatever the server does; beyond `inflight` they wait, and that counts."""

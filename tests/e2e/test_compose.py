@@ -124,7 +124,9 @@ def test_canaries_are_set_and_seen_from_outside(stack):
     def canary(*arguments):
         return stack.run("make", "--silent", "canary", f"ARGS={' '.join(map(str, arguments))}")
 
-    canary("set", model, "--stable", 1, "--version", 2, "--weight", 50)  # version 2 is not there: 1 answers
+    canary(
+        "set", model, "--service", "vision", "--stable", 1, "--version", 2, "--weight", 50
+    )  # version 2 is not there: 1 answers
     try:
         deadline = time.monotonic() + 20
         with Caller(stack.target) as caller:

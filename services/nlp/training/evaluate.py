@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.nlp.serving.generator import GENERATION, VOCABULARY
-from services.nlp.serving.predictors import STEP_SUFFIX, TRANSLATION, VOCABULARIES
+from services.nlp.serving.predictors import DEFAULT_BEAM, DEFAULT_PENALTY, STEP_SUFFIX, TRANSLATION, VOCABULARIES
 from services.nlp.serving.search import SearchSettings
 from services.nlp.tokenizers.characters import CharacterTokenizer
 from services.nlp.tokenizers.vocabularies import Vocabularies
@@ -38,7 +38,7 @@ from shared.measures import measure_named
 from shared.training.card import render_card
 from shared.training.export import open_session
 
-SERVED_SEARCH = SearchSettings(beam=4)
+SERVED_SEARCH = SearchSettings(beam=DEFAULT_BEAM, length_penalty=DEFAULT_PENALTY)
 """What serving does when a request asks for nothing else."""
 GREEDY = SearchSettings(beam=1)
 

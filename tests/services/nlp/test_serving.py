@@ -15,6 +15,7 @@ from usagi.nlp.v1 import nlp_service_pb2_grpc as pb_grpc
 from services.nlp.preprocess import join_japanese
 from services.nlp.serving.__main__ import registration
 from services.nlp.serving.config import NlpConfig
+from services.nlp.serving.predictors import DEFAULT_PENALTY
 from shared.client.connection import CallFailed, Connection, to_call_failed
 from shared.client.nlp import NlpClient, TranslateOptions
 from shared.serving.session import OnnxSession
@@ -217,7 +218,8 @@ def check_shape(answer, n_best):
         assert not {"<pad>", "<bos>", "<eos>", "<unk>"} & set(hypothesis.tokens)
         assert hypothesis.log_probability < 0
         length = len(hypothesis.tokens) + hypothesis.finished
-        assert hypothesis.score == pytest.approx(hypothesis.log_probability / ((5 + length) / 6) ** 0.6, rel=1e-5)
+        penalty = ((5 + length) / 6) ** DEFAULT_PENALTY
+        assert hypothesis.score == pytest.approx(hypothesis.log_probability / penalty, rel=1e-5)
 
 
 class TestShipped:
@@ -257,7 +259,7 @@ class TestShipped:
         said = client.translate(
             SENTENCES[4],
             TranslateOptions(
-                model="enja-transformer", version="1", variant="auto", beam=4, n_best=1, length_penalty=0.6
+                model="enja-transformer", version="1", variant="auto", beam=4, n_best=1, length_penalty=DEFAULT_PENALTY
             ),
         )
         assert list(said.hypotheses) == list(whole.hypotheses)
