@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
-from shared.artifacts import Manifest, TrainingRecord, Variant
+from shared.artifacts import CARD_NAME, Manifest, TrainingRecord, Variant
 from shared.measures import Measure, measure_named
 
 
@@ -24,6 +25,18 @@ def render_card(manifest: Manifest) -> str:
     if manifest.training and manifest.training.baselines:
         sections += ["## Against baselines", _baselines(manifest)]
     return "\n\n".join(sections) + "\n"
+
+
+def card_problem(folder: Path, manifest: Manifest, cards: Path) -> str:
+    """Why the card beside a manifest, or of a bundled model the one in its service's `cards`, is not the manifest's."""
+    expected = render_card(manifest)
+    paths = [folder / CARD_NAME]
+    if folder.resolve().is_relative_to(Path("deploy/models").resolve()):
+        paths.append(cards / f"{manifest.name}.md")
+    for path in paths:
+        if not path.exists() or path.read_text(encoding="utf-8") != expected:
+            return f"{path} is not the manifest's card; export again"
+    return ""
 
 
 def _interface(manifest: Manifest) -> str:

@@ -23,8 +23,8 @@ from shared.testing.graphs import publish_affine
 from shared.testing.server import GatedSession, no_services
 
 CALLS, QUEUE, BATCH = 500, 100, 8
-REFUSED_WITHIN = 5.0
-"""Seconds, on the busiest machine; how fast it really is, the diary tells."""
+REFUSAL_SECONDS, BURSTS = 0.100, 3
+"""Of three bursts the quickest counts: what else the machine does only ever slows one down."""
 
 
 def serve_gated(root, front, gate, ports, stop, batches):
@@ -113,6 +113,25 @@ def wait_until(condition, seconds=30):
         time.sleep(0.002)
 
 
+def slowest_of(ended):
+    return max(seconds for _, seconds in ended)
+
+
+def quick_enough(front, slowest, trivial_slowest):
+    """grpc.aio cannot answer 500 calls of any kind in 100 ms reliably, so there calls that do nothing set the scale."""
+    return slowest < (REFUSAL_SECONDS if front == "native" else max(REFUSAL_SECONDS, 3 * trivial_slowest))
+
+
+def slowest_of_another_burst(stub):
+    """While the queue is full already, so that all are refused."""
+    _, trivial = burst(stub.ServerLive, pb.ServerLiveRequest())
+    wait_until(lambda: len(trivial) == CALLS)
+    _, refusals = burst(stub.ModelInfer, infer_request())
+    wait_until(lambda: len(refusals) == CALLS)
+    assert {refused.code().name for refused, _ in refusals} == {"RESOURCE_EXHAUSTED"}
+    return slowest_of(refusals), slowest_of(trivial)
+
+
 def test_500_calls_at_once(server):
     with grpc.insecure_channel(server.address) as channel:
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
@@ -123,6 +142,9 @@ def test_500_calls_at_once(server):
         time.sleep(0.3)  # nobody else may be answered while the gate is shut
         refusals = list(ended)
         assert collections.Counter(refused.code().name for refused, _ in refusals) == {"RESOURCE_EXHAUSTED": 392}
+        times = [(slowest_of(refusals), slowest_of(trivial))]
+        while len(times) < BURSTS and not quick_enough(server.front, *times[-1]):
+            times.append(slowest_of_another_burst(stub))
         server.gate.set()
         refused = {future for future, _ in refusals}
         answers = [future.result() for future in futures if future not in refused]
@@ -133,9 +155,8 @@ def test_500_calls_at_once(server):
         assert {"google.rpc.RetryInfo", "google.rpc.ErrorInfo"} <= details
         if server.front == "grpcio":  # the native front cannot send keys that gRPC reserves; RetryInfo says the same
             assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
-    slowest, trivial_slowest = (max(seconds for _, seconds in each) for each in (refusals, trivial))
-    print(f"slowest refusal {slowest * 1000:.0f} ms, slowest of {CALLS} trivial calls {trivial_slowest * 1000:.0f} ms")
-    assert slowest < REFUSED_WITHIN, "a refusal waits for nothing: the gate is shut"
+    print(f"slowest refusal, slowest of {CALLS} trivial calls, seconds, burst by burst: {times}")
+    assert quick_enough(server.front, *times[-1]), times
     batches, dropped = server.finish()
     assert sum(batches) == QUEUE + BATCH
     assert dropped == 0

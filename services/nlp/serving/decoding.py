@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ STEP_INPUTS = ("token", "tokens", "position", "source_length")
 
 
 @dataclass(eq=False, kw_only=True)
-class StepRun:
+class StepRun(ABC):
     """Rows that step together with those of others, until it is over. It begins with one row.
 
     Attributes:
@@ -55,23 +56,23 @@ class StepRun:
     batch_size: int = 0
 
     @property
+    @abstractmethod
     def rows(self) -> int:
         """Rows that it has now."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def rows_at_most(self) -> int:
         """Rows that it may come to need."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def start(self) -> Start:
         """Its first row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def advance(self, outputs: dict[str, Array], rows: slice) -> Next | None:
         """Takes its rows of a step's outputs; None if it is over."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from services.nlp.training.offline import OnnxTranslator, onnx_held_out_loss
 from services.nlp.training.publishing import CARDS
 from services.nlp.training.texts import held_back_text
 from shared.artifacts import (
-    CARD_NAME,
     MANIFEST_NAME,
     ArtifactError,
     Manifest,
@@ -35,7 +34,7 @@ from shared.artifacts import (
 )
 from shared.errors import ConfigurationError
 from shared.measures import measure_named
-from shared.training.card import render_card
+from shared.training.card import card_problem
 from shared.training.export import open_session
 
 SERVED_SEARCH = SearchSettings(beam=DEFAULT_BEAM, length_penalty=DEFAULT_PENALTY)
@@ -81,7 +80,7 @@ def _check_variant(folder: Path, manifest: Manifest, name: str) -> Check:
     except ArtifactError as error:
         return Check(manifest.name, name, measure.text(claimed), "", error.message)
     wrong = f"{measure.text(value)}, the manifest says {measure.text(claimed)}"
-    problem = wrong if abs(value - claimed) > measure.margin else _card_problem(folder, manifest)
+    problem = wrong if abs(value - claimed) > measure.margin else card_problem(folder, manifest, CARDS)
     return Check(manifest.name, name, measure.text(claimed), measure.text(value), problem)
 
 
@@ -115,18 +114,6 @@ _MEASUREMENTS = {
     TRANSLATION + STEP_SUFFIX: _encoders_claim,
     GENERATION: _nats,
 }
-
-
-def _card_problem(folder: Path, manifest: Manifest) -> str:
-    """Why the card beside the manifest, or the one in `services/nlp/cards`, is not the manifest's."""
-    expected = render_card(manifest)
-    paths = [folder / CARD_NAME]
-    if folder.resolve().is_relative_to(Path("deploy/models").resolve()):
-        paths.append(CARDS / f"{manifest.name}.md")
-    for path in paths:
-        if not path.exists() or path.read_text(encoding="utf-8") != expected:
-            return f"{path} is not the manifest's card; export again"
-    return ""
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> bool:

@@ -8,7 +8,6 @@ embeddings). BLEU on the corpus' dev file, with the search that serving uses, de
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable
@@ -31,7 +30,15 @@ from services.nlp.training.evaluate import GREEDY, SERVED_SEARCH
 from services.nlp.training.graphs import EncoderGraph, StepGraph, export_encoder, export_step, step_examples
 from services.nlp.training.models.transformer import Transformer, TransformerConfig
 from services.nlp.training.offline import OnnxTranslator
-from services.nlp.training.publishing import REFERENCE, VARIANTS, asset, describe, publish_graphs, write_variants
+from services.nlp.training.publishing import (
+    REFERENCE,
+    VARIANTS,
+    asset,
+    describe,
+    publish_graphs,
+    read_result,
+    write_variants,
+)
 from shared.artifacts import Manifest, TrainingRecord, Variant
 from shared.data.catalog import DATASETS
 from shared.errors import ConfigurationError
@@ -114,19 +121,6 @@ def export(config: ExportConfig) -> list[Path]:
             _publish(config, part, shipped, record, parity, vocabularies if part == "encoder" else None)
             for part in ("step", "encoder")
         ]
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """The `result.json` of a run.
-
-    Raises:
-        ConfigurationError: the run is missing or not finished.
-    """
-    path = folder / "result.json"
-    if not path.exists():
-        raise ConfigurationError(f"{path} does not exist; train first: python -m services.nlp.training.train --help")
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result
 
 
 def write_graphs(model: Transformer, folder: Path) -> float:

@@ -6,7 +6,6 @@ is at most 0.02 nats a character above that of `fp16`.
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from dataclasses import dataclass
@@ -24,7 +23,14 @@ from services.nlp.tokenizers.characters import CharacterTokenizer
 from services.nlp.training.graphs import GptGraph, export_gpt, gpt_examples
 from services.nlp.training.models.gpt import Gpt, GptConfig
 from services.nlp.training.offline import onnx_held_out_loss
-from services.nlp.training.publishing import REFERENCE, asset, describe, publish_graphs, write_variants
+from services.nlp.training.publishing import (
+    REFERENCE,
+    asset,
+    describe,
+    publish_graphs,
+    read_result,
+    write_variants,
+)
 from services.nlp.training.texts import TEXTS, held_back_text
 from shared.artifacts import Manifest, TrainingRecord
 from shared.data.catalog import DATASETS
@@ -86,21 +92,6 @@ def export(config: ExportGptConfig) -> Path:
         manifest = _manifest(config, result, model, paths, vocabulary, parity)
         assets = {VOCABULARY: vocabulary.encode()}
         return publish_graphs(config.root, manifest, paths, assets, bundled=not config.quick)
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """The `result.json` of a run.
-
-    Raises:
-        ConfigurationError: the run is missing or not finished.
-    """
-    path = folder / "result.json"
-    if not path.exists():
-        raise ConfigurationError(
-            f"{path} does not exist; train first: python -m services.nlp.training.train_gpt --help"
-        )
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result
 
 
 def check_gpt(model: Gpt, path: Path) -> float:

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shared.artifacts import CARD_NAME, Asset, Manifest, Variant, publish, sha256_of, write_atomically
+from shared.errors import ConfigurationError
 from shared.training.card import render_card
 from shared.training.compact import quantize_matrices, store_half
 from shared.training.latency import Latency
 
 CARDS = Path(__file__).parents[1] / "cards"
 VARIANTS = {"fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+TRAIN_GPT = "python -m services.nlp.training.train_gpt"
 REFERENCE = "fp16"
 """The variant that int8 is compared with: float32 sums over weights stored as float16."""
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The `result.json` of a run.
+
+    Raises:
+        ConfigurationError: the run is missing or not finished.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        raise ConfigurationError(f"{path} does not exist; train first: make train DOMAIN=nlp, or {TRAIN_GPT}")
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
 
 
 def write_variants(source: Path, folder: Path, prefix: str) -> dict[str, Path]:

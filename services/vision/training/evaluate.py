@@ -18,9 +18,9 @@ from rich.table import Table
 from services.vision.preprocess import ClassificationPreprocessing
 from services.vision.training.data import Photos
 from services.vision.training.tasks import task_of_labels
-from shared.artifacts import CARD_NAME, MANIFEST_NAME, ArtifactError, Manifest, read_manifest, verify_variant
+from shared.artifacts import MANIFEST_NAME, ArtifactError, Manifest, read_manifest, verify_variant
 from shared.errors import ConfigurationError
-from shared.training.card import render_card
+from shared.training.card import card_problem
 from shared.training.export import onnx_predictor, open_session
 from shared.training.metrics import Classification, classify
 
@@ -57,7 +57,7 @@ def check_version(folder: Path, photos: Photos) -> list[Check]:
         ArtifactError: its manifest cannot be read.
     """
     manifest = read_manifest(folder)
-    card = _card_problem(folder, manifest)
+    card = card_problem(folder, manifest, CARDS)
     return [_check_variant(folder, manifest, name, photos, card) for name in manifest.variants]
 
 
@@ -73,18 +73,6 @@ def _check_variant(folder: Path, manifest: Manifest, name: str, photos: Photos, 
     difference = abs(result.correct - round(claimed * len(photos)))
     wrong = f"{result.correct} right, the manifest says {round(claimed * len(photos))}"
     return Check(manifest.name, name, claimed, result, wrong if difference > MAX_DIFFERENCE else card)
-
-
-def _card_problem(folder: Path, manifest: Manifest) -> str:
-    """Why the card beside the manifest, or the one in `services/vision/cards`, is not the manifest's."""
-    expected = render_card(manifest)
-    paths = [folder / CARD_NAME]
-    if folder.resolve().is_relative_to(Path("deploy/models").resolve()):
-        paths.append(CARDS / f"{manifest.name}.md")
-    for path in paths:
-        if not path.exists() or path.read_text(encoding="utf-8") != expected:
-            return f"{path} is not the manifest's card; export again"
-    return ""
 
 
 def check_root(root: Path) -> list[Check]:
