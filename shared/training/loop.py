@@ -42,8 +42,9 @@ class FitConfig:
     """Passes over the training part."""
     learning_rate: float = 3e-4
     """Peak of the schedule."""
-    schedule: Literal["cosine", "inverse-sqrt"] = "cosine"
-    """After the warm-up: half a cosine to zero, or proportional to 1/sqrt(step), which may be stopped at any time."""
+    schedule: Literal["cosine", "inverse-sqrt", "constant"] = "cosine"
+    """After the warm-up: half a cosine to zero; proportional to 1/sqrt(step), which may be stopped at any time; or the
+    same all along."""
     warmup_share: float = 0.1
     """Share of all steps in which the learning rate rises from 0 to its peak."""
     weight_decay: float = 1e-2
@@ -72,7 +73,7 @@ class Score:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What came out: the best epoch's validation score and the time it all took, over all resumes."""
+    """What came out: the kept epoch's validation score and the time it all took, over all resumes."""
 
     best_epoch: int
     best_score: float
@@ -81,12 +82,14 @@ class FitResult:
 
 def learning_rate_at(step: int, total: int, config: FitConfig) -> float:
     """Linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017, equation 5 without restarts), or
-    `sqrt(warmup / step)` (Vaswani et al. 2017, equation 3)."""
+    `sqrt(warmup / step)` (Vaswani et al. 2017, equation 3), or nothing further."""
     warmup = int(total * config.warmup_share)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     if config.schedule == "inverse-sqrt":
         return config.learning_rate * math.sqrt(max(1, warmup) / (step + 1))
+    if config.schedule == "constant":
+        return config.learning_rate
     share = (step - warmup) / max(1, total - warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
@@ -101,10 +104,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class Fit:
-    """A run of training in a folder: `metrics.jsonl`, `last.pt` (to resume) and `best.pt` (weights of the best epoch).
+    """A run of training in a folder: `metrics.jsonl`, `last.pt` (to resume) and `best.pt` (weights of the kept epoch).
 
     Args:
-        model: trained in place; on return it holds the best epoch's weights.
+        model: trained in place; on return it holds the kept epoch's weights.
         source: the training batches.
         loss: `(outputs, targets) -> scalar`.
         validate: scores a model in eval mode; never sees the test part.
@@ -112,6 +115,7 @@ class Fit:
         folder: where the run lives; a run found there is continued.
         prepare: puts the model into its training mode before each epoch; `model.train()` if not given.
         last_epoch: stop after so many epochs of the schedule, if that is fewer; the same run may go on later.
+        keep: which epoch's weights are kept: those that validated best, or the last.
         fingerprint: whatever else defines the run; a run of another definition is not continued.
     """
 
@@ -126,12 +130,14 @@ class Fit:
         *,
         prepare: Callable[[nn.Module], object] = nn.Module.train,
         last_epoch: int | None = None,
+        keep: Literal["best", "last"] = "best",
         fingerprint: str = "",
     ) -> None:
         if source.steps_per_epoch < 1:
             raise ConfigurationError("the training part has no full batch; use a smaller batch or more examples")
         self.model, self.source, self.loss, self.validate = model, source, loss, validate
         self.config, self.folder, self.prepare = config, folder, prepare
+        self.keep = keep
         self.last_epoch = config.epochs if last_epoch is None else min(last_epoch, config.epochs)
         self.fingerprint = json.dumps({"fit": dataclasses.asdict(config), "run": fingerprint}, sort_keys=True)
         self.optimiser = torch.optim.AdamW(
@@ -203,7 +209,7 @@ class Fit:
         candidate = self.average.model if self.average else self.model
         score = self.validate(candidate.eval())
         epoch = self.progress.epoch
-        if score.value > self.progress.best_score:
+        if self.keep == "last" or score.value > self.progress.best_score:
             self.progress.best_epoch, self.progress.best_score = epoch, score.value
             checkpoint.save_weights(self.folder / "best.pt", candidate)
         train = {name: total / self.source.steps_per_epoch for name, total in self.progress.sums.items()}

@@ -227,6 +227,36 @@ def test_inverse_square_root_schedule():
     assert rates == [learning_rate_at(step, 800, longer) for step in range(400)]  # the end is not looked at
 
 
+def test_constant_schedule():
+    config = FitConfig(learning_rate=0.5, warmup_share=0.1, schedule="constant")
+    assert [learning_rate_at(step, 100, config) for step in range(100)] == [0.05 * (i + 1) for i in range(10)] + [
+        0.5
+    ] * 90
+    flat = FitConfig(learning_rate=0.5, warmup_share=0.0, schedule="constant")
+    assert {learning_rate_at(step, 100, flat) for step in range(100)} == {0.5}
+
+
+@pytest.mark.parametrize(("keep", "epoch"), [("best", 1), ("last", 3)])
+def test_which_epoch_is_kept(keep, epoch, tmp_path):
+    class Source:
+        steps_per_epoch = 1
+
+        def batch(self, epoch, step):
+            return torch.ones(2, 3), torch.ones(2, 2)
+
+    seen, scores = [], iter([1.0, 3.0, 2.0, 0.5])
+
+    def validate(model):
+        seen.append(model.weight.detach().clone())
+        return Score(next(scores), {})
+
+    model = nn.Linear(3, 2)
+    config = FitConfig(epochs=4, ema_decay=0.0, warmup_share=0.0)
+    result = Fit(model, Source(), F.mse_loss, validate, config, tmp_path, keep=keep).run()
+    assert (result.best_epoch, result.best_score) == (epoch, [1.0, 3.0, 2.0, 0.5][epoch])
+    assert torch.equal(model.weight, seen[epoch])
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_inputs_may_be_a_tuple_and_the_optimiser_is_as_configured(fused, tmp_path):
     class Sum(nn.Module):

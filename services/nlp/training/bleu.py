@@ -23,10 +23,13 @@ class Bleu:
     reference_words: int
 
 
-def corpus_bleu(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Bleu:
+def corpus_bleu(
+    candidates: Sequence[Sequence[str]], references: Sequence[Sequence[str]], *, unknown_matches: bool = False
+) -> Bleu:
     """BLEU of `candidates` against `references`: BP · exp(mean over n of log p_n), n = 1 to 4, without smoothing.
 
-    An unknown word never matches, not even another unknown word: it says nothing.
+    An unknown word never matches, not even another unknown word: it says nothing. With `unknown_matches` it does, as
+    in the report, which compared ids.
     """
     if len(candidates) != len(references):
         raise ValueError(f"{len(candidates)} candidates for {len(references)} references")
@@ -35,7 +38,9 @@ def corpus_bleu(candidates: Sequence[Sequence[str]], references: Sequence[Sequen
         for n in range(1, ORDER + 1):
             own, other = _ngrams(candidate, n), _ngrams(reference, n)
             matches[n - 1] += sum(
-                min(count, other[gram]) for gram, count in own.items() if SPECIAL_PIECES[UNK] not in gram
+                min(count, other[gram])
+                for gram, count in own.items()
+                if unknown_matches or SPECIAL_PIECES[UNK] not in gram
             )
             totals[n - 1] += sum(own.values())
     length, wanted = sum(map(len, candidates)), sum(map(len, references))

@@ -98,20 +98,28 @@ class PairBatches:
         pairs: ids.
         batch: pairs in a step.
         seed: of the order.
+        teacher_forcing: share of the steps in which a decoder reads the target; below 1 the inputs say which.
     """
 
     POOL = 50
 
-    def __init__(self, pairs: Encoded, batch: int, seed: int) -> None:
-        self.pairs, self.size, self.seed = pairs, batch, seed
+    def __init__(self, pairs: Encoded, batch: int, seed: int, teacher_forcing: float = 1.0) -> None:
+        self.pairs, self.size, self.seed, self.teacher_forcing = pairs, batch, seed, teacher_forcing
         self.steps_per_epoch = (len(pairs) + batch - 1) // batch
         self._plan = functools.lru_cache(maxsize=1)(self._make_plan)
 
-    def batch(self, epoch: int, step: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """((source `[B, S]`, decoder input `[B, T]`), targets `[B, T]`) of one step."""
+    def batch(self, epoch: int, step: int) -> tuple[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, bool], Tensor]:
+        """((source `[B, S]`, decoder input `[B, T]`, whether it is read), targets `[B, T]`) of one step."""
         chosen = self._plan(epoch)[step]
         target = padded([self.pairs.target[i] for i in chosen])
-        return (padded([self.pairs.source[i] for i in chosen]), shifted(target)), target
+        source, read = padded([self.pairs.source[i] for i in chosen]), shifted(target)
+        if self.teacher_forcing == 1:
+            return (source, read), target
+        return (source, read, self.is_forced(epoch, step)), target
+
+    def is_forced(self, epoch: int, step: int) -> bool:
+        """Whether the decoder reads the target in this step (teacher forcing), or what it said itself."""
+        return bool(sample_rng(self.seed, epoch, 2 + step).random() < self.teacher_forcing)
 
     def _make_plan(self, epoch: int) -> list[list[int]]:
         order = epoch_order(self.seed, epoch, len(self.pairs)).tolist()

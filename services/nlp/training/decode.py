@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from services.nlp.tokenizers.special import BOS, EOS, PAD
+from services.nlp.tokenizers.special import BOS, EOS
 from services.nlp.training.data import padded
-from services.nlp.training.models.attention import padding_mask
-from services.nlp.training.models.transformer import Transformer
+
+
+class Stepping(Protocol):
+    """A translator that decodes one token after the other."""
+
+    def start(self, source: Tensor) -> Any:
+        """`[B, S]` tokens → whatever the first step needs."""
+        ...
+
+    def proceed(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """`[B]` tokens and what the step before left → logits `[B, V]` and what the next one needs."""
+        ...
 
 
 @torch.inference_mode()
-def greedy(model: Transformer, sources: Sequence[Sequence[int]], max_length: int, batch: int = 64) -> list[list[int]]:
+def greedy(model: Stepping, sources: Sequence[Sequence[int]], max_length: int, batch: int = 64) -> list[list[int]]:
     """The most probable token again and again, until EOS or `max_length` tokens.
 
     Args:
@@ -37,22 +48,15 @@ def greedy(model: Transformer, sources: Sequence[Sequence[int]], max_length: int
     return found
 
 
-def _greedy_batch(model: Transformer, source: Tensor, max_length: int) -> list[list[int]]:
-    B, config = len(source), model.config
-    cross, cross_mask = model.cross(model.encode(source)), padding_mask(source != PAD)
-    empty = torch.zeros(B, config.heads, 0, config.width // config.heads)
-    cache = [(empty, empty)] * config.layers
-    token = torch.full((B, 1), BOS)
-    answers, running = [], torch.ones(B, dtype=torch.bool)
-    for position in range(max_length):
-        x = model.target(token, torch.tensor([position]))
-        mask = torch.zeros(B, 1, 1, position + 1)
-        for index, layer in enumerate(model.decoder):
-            x, new, _ = layer.step(x, cache[index], mask, cross[index], cross_mask)  # type: ignore[operator]
-            cache[index] = tuple(torch.cat(pair, dim=2) for pair in zip(cache[index], new, strict=True))  # type: ignore[assignment]
-        token = model.logits(x)[:, 0].argmax(-1, keepdim=True)
-        answers.append(torch.where(running, token[:, 0], EOS))
-        running &= token[:, 0] != EOS
+def _greedy_batch(model: Stepping, source: Tensor, max_length: int) -> list[list[int]]:
+    state = model.start(source)
+    token, running = torch.full((len(source),), BOS), torch.ones(len(source), dtype=torch.bool)
+    answers = []
+    for _ in range(max_length):
+        logits, state = model.proceed(token, state)
+        token = logits.argmax(-1)
+        answers.append(torch.where(running, token, EOS))
+        running &= token != EOS
         if not running.any():
             break
     rows = torch.stack(answers, dim=1).tolist()

@@ -26,3 +26,14 @@ def token_cross_entropy(label_smoothing: float = 0.0) -> Callable[[Tensor, Tenso
         )
 
     return loss
+
+
+def sentence_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over sentences of the sum over their tokens, in nats, PAD left out: the report's loss.
+
+    Args:
+        logits: `[B, T, V]`.
+        targets: `[B, T]`.
+    """
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum")
+    return total / len(targets)

@@ -1,8 +1,11 @@
 """Trains a translator from English to Japanese: `python -m services.nlp.training.train --seed 0`.
 
 It learns from the corpus' train file alone. The epoch is chosen by the BLEU of free-running greedy translations of
-held-back pairs; the dev file is read once, at the end. A run lives in `<runs>/<name>/seed<seed>/` and continues there
-if it was killed.
+held-back pairs, unless the recipe is the report's, which keeps the last; the dev file is read once, at the end. A run
+lives in `<runs>/<name>/seed<seed>/` and continues there if it was killed. The course report's GRU:
+
+    python -m services.nlp.training.train --architecture gru --recipe report --division report --merges 0 --batch 64
+        --epochs 10 --teacher-forcing 0.2 --name enja-gru
 """
 
 from __future__ import annotations
@@ -10,38 +13,45 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
-from torch import nn
 
 from services.nlp.tokenizers.bpe import train_bpe
 from services.nlp.tokenizers.vocabularies import Tokenizer, Vocabularies
 from services.nlp.tokenizers.words import count_words
-from services.nlp.training.bleu import corpus_bleu
 from services.nlp.training.data import Division, PairBatches, Pairs, divide, encode_pairs, load_pairs
-from services.nlp.training.decode import greedy
-from services.nlp.training.losses import token_cross_entropy
+from services.nlp.training.losses import sentence_cross_entropy, token_cross_entropy
+from services.nlp.training.models.gru_translator import GruConfig, GruTranslator
 from services.nlp.training.models.transformer import Transformer, TransformerConfig
+from services.nlp.training.networks import LOOKING, Architecture, Network
+from services.nlp.training.validation import BleuValidator
 from shared.artifacts import write_atomically
+from shared.errors import ConfigurationError
 from shared.training.checkpoint import save_weights
 from shared.training.curves import draw_curves
-from shared.training.loop import Fit, FitConfig, Score
+from shared.training.loop import Fit, FitConfig
 from shared.training.memory import keep_freed_memory
 from shared.training.seed import seed_everything
 
 LOG = logging.getLogger("usagi.train")
-MAX_PIECES = 60
-"""Longest translation in validation, in pieces; the corpus has at most 16 words a sentence."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Trains a translator and writes its run folder."""
 
+    architecture: Architecture = "transformer"
+    """Transformer; GRUs without attention, with additive attention, or with that of dot products."""
+    recipe: Literal["own", "report"] = "own"
+    """`report`: Adam at a constant rate, no decay, clipping, averaging or smoothing, summed loss, the last epoch."""
+    teacher_forcing: float = 1.0
+    """Share of the batches in which the decoder of a GRU reads the target; in the others it reads what it said."""
     division: Division = "most"
     """Which pairs validate: 500 (`most`), or the report's 10,000 of 50,000 (`report`)."""
     merges: int = 4000
@@ -57,15 +67,15 @@ class TrainConfig:
     batch: int = 96
     """Pairs in a step."""
     width: int = 256
-    """Of the network (d_model)."""
+    """Of the network (d_model); of a GRU's states and embeddings."""
     feed_forward: int = 1024
-    """Width inside the feed-forward parts."""
+    """Width inside the feed-forward parts of a Transformer."""
     layers: int = 3
-    """Of the encoder and of the decoder."""
+    """Of a Transformer's encoder and of its decoder."""
     heads: int = 4
     """Of each attention."""
     dropout: float = 0.2
-    """Of embeddings, attention weights and every part's output."""
+    """Of a Transformer's embeddings, attention weights and every part's output."""
     label_smoothing: float = 0.1
     """Share of the target spread over the vocabulary."""
     ema_decay: float = 0.9985
@@ -89,8 +99,21 @@ class TrainConfig:
     @property
     def fit(self) -> FitConfig:
         """The schedule."""
+        epochs = 3 if self.quick else self.epochs
+        if self.recipe == "report":
+            return FitConfig(
+                epochs=epochs,
+                learning_rate=self.learning_rate,
+                schedule="constant",
+                warmup_share=0.0,
+                weight_decay=0.0,
+                fused=True,
+                clip_norm=math.inf,
+                ema_decay=0.0,
+                checkpoint_every=0,
+            )
         return FitConfig(
-            epochs=3 if self.quick else self.epochs,
+            epochs=epochs,
             learning_rate=self.learning_rate,
             warmup_share=0.06,
             weight_decay=0.01,
@@ -123,21 +146,6 @@ def make_vocabularies(pairs: Pairs, merges: int) -> Vocabularies:
     return Vocabularies(make(pairs.english), make(pairs.japanese))
 
 
-class BleuValidator:
-    """Scores a model by the BLEU of its own greedy translations of held-back pairs."""
-
-    def __init__(self, pairs: Pairs, vocabularies: Vocabularies) -> None:
-        self.pairs, self.vocabularies = pairs, vocabularies
-        self.encoded = encode_pairs(pairs, vocabularies)
-
-    def __call__(self, model: nn.Module) -> Score:
-        """BLEU in percent."""
-        assert isinstance(model, Transformer)
-        found = greedy(model, self.encoded.source, MAX_PIECES)
-        bleu = corpus_bleu([self.vocabularies.japanese.decode(ids) for ids in found], self.pairs.japanese)
-        return Score(bleu.score, {"val_bleu": round(bleu.score, 3)})
-
-
 def train(config: TrainConfig) -> dict[str, object]:
     """Trains as configured; writes `weights.pt`, `vocabularies.json`, `result.json` and `curves.png`."""
     started = time.monotonic()
@@ -152,19 +160,24 @@ def train(config: TrainConfig) -> dict[str, object]:
     LOG.info("%d weights, %.0f s so far", sum(p.numel() for p in model.parameters()), time.monotonic() - started)
     fitted = Fit(
         model,
-        PairBatches(encode_pairs(training, vocabularies), config.batch, config.seed),
-        token_cross_entropy(config.label_smoothing),
+        PairBatches(encode_pairs(training, vocabularies), config.batch, config.seed, config.teacher_forcing),
+        sentence_cross_entropy if config.recipe == "report" else token_cross_entropy(config.label_smoothing),
         BleuValidator(held.take(range(min(500, len(held)))), vocabularies),
         config.fit,
         config.folder,
         last_epoch=config.last_epoch,
+        keep="last" if config.recipe == "report" else "best",
         fingerprint=dataclasses.replace(config, last_epoch=None).command,
     ).run()
-    dev = BleuValidator(load_pairs("dev"), vocabularies)(model.eval())
+    dev = BleuValidator(load_pairs("dev"), vocabularies)
+    model.eval()
     result = {
         "command": config.command,
         "seed": config.seed,
-        "dev_greedy_bleu": dev.value,
+        "architecture": config.architecture,
+        "dev_greedy_bleu": dev(model).value,
+        "dev_greedy_bleu_as_reported": dev.as_reported(model),
+        "dev_forced_bleu_as_reported": dev.forced(model),
         "val_bleu": fitted.best_score,
         "best_epoch": fitted.best_epoch,
         "wall_seconds": round(fitted.wall_seconds, 1),
@@ -176,8 +189,17 @@ def train(config: TrainConfig) -> dict[str, object]:
     return result
 
 
-def build(config: TrainConfig, vocabularies: Vocabularies) -> Transformer:
-    """The network for these vocabularies."""
+def build(config: TrainConfig, vocabularies: Vocabularies) -> Network:
+    """The network for these vocabularies.
+
+    Raises:
+        ConfigurationError: it is a Transformer without teacher forcing.
+    """
+    if config.architecture != "transformer":
+        looking = LOOKING[config.architecture]
+        return GruTranslator(GruConfig(len(vocabularies.english), len(vocabularies.japanese), config.width, looking))
+    if config.teacher_forcing != 1:
+        raise ConfigurationError("teacher_forcing is not 1, but a Transformer reads all of the target at once; drop it")
     return Transformer(
         TransformerConfig(
             source_vocabulary=len(vocabularies.english),

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from services.nlp.tokenizers.vocabularies import Vocabularies
-from services.nlp.training import evaluate, export, train
+from services.nlp.training import evaluate, export, train, validation
 from services.nlp.training.data import Pairs
 from services.nlp.training.models.transformer import Transformer, TransformerConfig
 from shared.data.locate import locate
@@ -64,7 +64,7 @@ def toy_corpus():
     patch.setattr(train, "divide", lambda division: (whole.take(range(64)), whole.take(range(64, 82))))
     for module in (train, export, evaluate):
         patch.setattr(module, "load_pairs", lambda part: whole.take(range(82, 100)))
-    patch.setattr(train, "MAX_PIECES", 15)
+    patch.setattr(validation, "MAX_PIECES", 15)
     patch.setattr(export, "LATENCY_SENTENCES", 6)
     patch.setattr(export, "MAX_BLEU_LOSS", 100.0)  # of so few sentences BLEU says nothing: every variant ships
     threads = torch.get_num_threads()

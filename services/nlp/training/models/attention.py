@@ -1,4 +1,4 @@
-"""Multi-head attention (Vaswani et al. 2017, section 3.2), written out.
+"""Attention, written out: multi-head (Vaswani et al. 2017, section 3.2), additive and by dot product.
 
 Masks are added to the scores: 0 where a position may be seen, a large negative number where not. All dimensions of a
 mask broadcast, so `[B, 1, 1, S]` hides padding and `[1, 1, T, T]` the future.
@@ -82,6 +82,38 @@ class MultiHeadAttention(nn.Module):
 
     def _split(self, value: Tensor) -> Tensor:
         return value.view(*value.shape[:-1], self.heads, self.head_width).transpose(1, 2)
+
+
+class AdditiveAttention(nn.Module):
+    """Scores e_i = v · tanh(W s + U h_i) (Bahdanau et al. 2015, appendix A.1.2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width, bias=False)
+        self.memory = nn.Linear(width, width, bias=False)
+        self.score = nn.Linear(width, 1, bias=False)
+
+    def keys(self, memory: Tensor) -> Tensor:
+        """U h of what is looked at `[B, S, width]`, once a sentence."""
+        keys: Tensor = self.memory(memory)
+        return keys
+
+    def forward(self, state: Tensor, keys: Tensor) -> Tensor:
+        """State `[B, width]`, keys `[B, S, width]` → scores `[B, S]`."""
+        scores: Tensor = self.score(torch.tanh(self.query(state)[:, None] + keys))  # [B, S, 1]
+        return scores[..., 0]
+
+
+class DotAttention(nn.Module):
+    """Scores e_i = s · h_i (Luong et al. 2015, equation 8)."""
+
+    def keys(self, memory: Tensor) -> Tensor:
+        """What is looked at `[B, S, width]`, as it is."""
+        return memory
+
+    def forward(self, state: Tensor, keys: Tensor) -> Tensor:
+        """State `[B, width]`, keys `[B, S, width]` → scores `[B, S]`."""
+        return (keys @ state[:, :, None])[..., 0]
 
 
 def padding_mask(present: Tensor) -> Tensor:

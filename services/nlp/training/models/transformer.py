@@ -6,6 +6,7 @@ enter with variance 1; the output layer is the target's embedding.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -132,6 +133,23 @@ class DecoderLayer(nn.Module):
         return x + self.feed_forward(self.norms[2](x)), new, weights
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Where step-by-step decoding stands.
+
+    Attributes:
+        position: of the next token.
+        cache: keys and values of each layer, `[B, heads, T, head_width]`, of the tokens before.
+        cross: those of the memory.
+        cross_mask: `[B, 1, 1, S]`.
+    """
+
+    position: int
+    cache: list[tuple[Tensor, Tensor]]
+    cross: list[tuple[Tensor, Tensor]]
+    cross_mask: Tensor
+
+
 class Transformer(nn.Module):
     """Encoder and decoder."""
 
@@ -170,6 +188,23 @@ class Transformer(nn.Module):
         for layer, cross in zip(self.decoder, self.cross(memory), strict=True):
             x = layer(x, mask, cross, cross_mask)
         return self.logits(x)
+
+    def start(self, source: Tensor, first_position: int = 0) -> Decoded:
+        """`[B, S]` tokens → a decoder that has read nothing yet; it counts positions from `first_position`."""
+        config = self.config
+        empty = torch.zeros(len(source), config.heads, 0, config.width // config.heads)
+        memory = self.cross(self.encode(source))
+        return Decoded(first_position, [(empty, empty)] * config.layers, memory, padding_mask(source != PAD))
+
+    def proceed(self, token: Tensor, state: Decoded) -> tuple[Tensor, Decoded]:
+        """Logits `[B, V]` after `[B]` tokens more."""
+        x = self.target(token[:, None], torch.tensor([state.position]))  # [B, 1, width]
+        mask = torch.zeros(len(token), 1, 1, state.cache[0][0].shape[2] + 1)
+        cache = []
+        for layer, old, cross in zip(self.decoder, state.cache, state.cross, strict=True):
+            x, new, _ = layer.step(x, old, mask, cross, state.cross_mask)  # type: ignore[operator]
+            cache.append((torch.cat((old[0], new[0]), dim=2), torch.cat((old[1], new[1]), dim=2)))
+        return self.logits(x)[:, 0], dataclasses.replace(state, position=state.position + 1, cache=cache)
 
     def logits(self, x: Tensor) -> Tensor:
         """`[..., width]` → `[..., V]` by the tied embedding."""
