@@ -34,11 +34,12 @@ TEXTS: Mapping[str, Text] = {
 
 @functools.lru_cache
 def load_text(name: str) -> str:
-    """The whole text."""
+    """The whole text; however its lines end, they end with a line feed here."""
     text = TEXTS[name]
     with zipfile.ZipFile(locate(text.dataset)) as archive:
         members = {member.rsplit("/", 1)[-1]: member for member in archive.namelist()}
         contents = "".join(archive.read(members[file]).decode() for file in text.files)
+    contents = contents.replace("\r\n", "\n").replace("\r", "\n")
     return contents.replace(" ", "") if text.words_apart else contents
 
 

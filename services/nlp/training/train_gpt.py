@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from services.nlp.tokenizers.characters import CharacterTokenizer, collect_characters
+from services.nlp.tokenizers.special import UNK
 from services.nlp.training.losses import token_cross_entropy
 from services.nlp.training.models.gpt import Gpt, GptConfig
 from services.nlp.training.texts import TEXTS, held_back_text, training_text
@@ -63,7 +64,7 @@ class TrainGptConfig:
     dropout: float = 0.0
     """Of embeddings, attention weights and every part's output."""
     min_count: int = 1
-    """Characters that occur less often are unknown."""
+    """Characters that occur less often are one unknown, which is predicted and counted like any other."""
     threads: int = 1
     """CPU threads."""
     runs: Path = Path("runs")
@@ -192,6 +193,7 @@ def train(config: TrainGptConfig) -> dict[str, object]:
         "command": config.command,
         "seed": config.seed,
         "text": config.text,
+        "unknown_share": (held == UNK).float().mean().item(),
         "nats": held_out_loss(model.eval(), held, config.context),
         "best_epoch": fitted.best_epoch,
         "wall_seconds": round(fitted.wall_seconds, 1),
