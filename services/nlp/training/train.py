@@ -17,7 +17,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -27,9 +27,7 @@ from services.nlp.tokenizers.vocabularies import Tokenizer, Vocabularies
 from services.nlp.tokenizers.words import count_words
 from services.nlp.training.data import Division, PairBatches, Pairs, divide, encode_pairs, load_pairs
 from services.nlp.training.losses import sentence_cross_entropy, token_cross_entropy
-from services.nlp.training.models.gru_translator import GruConfig, GruTranslator
-from services.nlp.training.models.transformer import Transformer, TransformerConfig
-from services.nlp.training.networks import LOOKING, Architecture, Network
+from services.nlp.training.networks import LOOKING, Architecture, Network, make_network
 from services.nlp.training.validation import BleuValidator
 from shared.artifacts import write_atomically
 from shared.errors import ConfigurationError
@@ -47,7 +45,7 @@ class TrainConfig:
     """Trains a translator and writes its run folder."""
 
     architecture: Architecture = "transformer"
-    """Transformer; GRUs without attention, with additive attention, or with that of dot products."""
+    """A Transformer, or the report's with its mistakes; GRUs without attention, with additive or dot products."""
     recipe: Literal["own", "report"] = "own"
     """`report`: Adam at a constant rate, no decay, clipping, averaging or smoothing, summed loss, the last epoch."""
     teacher_forcing: float = 1.0
@@ -195,22 +193,17 @@ def build(config: TrainConfig, vocabularies: Vocabularies) -> Network:
     Raises:
         ConfigurationError: it is a Transformer without teacher forcing.
     """
-    if config.architecture != "transformer":
-        looking = LOOKING[config.architecture]
-        return GruTranslator(GruConfig(len(vocabularies.english), len(vocabularies.japanese), config.width, looking))
+    sizes: dict[str, Any] = {
+        "source_vocabulary": len(vocabularies.english),
+        "target_vocabulary": len(vocabularies.japanese),
+        "width": config.width,
+    }
+    if config.architecture in LOOKING:
+        return make_network(config.architecture, {**sizes, "attention": LOOKING[config.architecture]})
     if config.teacher_forcing != 1:
         raise ConfigurationError("teacher_forcing is not 1, but a Transformer reads all of the target at once; drop it")
-    return Transformer(
-        TransformerConfig(
-            source_vocabulary=len(vocabularies.english),
-            target_vocabulary=len(vocabularies.japanese),
-            width=config.width,
-            feed_forward=config.feed_forward,
-            layers=config.layers,
-            heads=config.heads,
-            dropout=config.dropout,
-        )
-    )
+    own = ("feed_forward", "layers", "heads", "dropout")
+    return make_network(config.architecture, sizes | {name: getattr(config, name) for name in own})
 
 
 def load_vocabularies(config: TrainConfig, training: Pairs) -> Vocabularies:

@@ -25,6 +25,7 @@ class MultiHeadAttention(nn.Module):
         if width % heads:
             raise ValueError(f"width {width} is no multiple of {heads} heads")
         self.heads, self.head_width = heads, width // heads
+        self.divisor = math.sqrt(self.head_width)
         self.query = nn.Linear(width, width)
         self.keys_values = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
@@ -48,7 +49,7 @@ class MultiHeadAttention(nn.Module):
             The answers `[B, T, width]` and the weights `[B, heads, T, S]`.
         """
         q = self._split(self.query(queries))  # [B, heads, T, head_width]
-        scores = q @ keys.transpose(-2, -1) / math.sqrt(self.head_width)  # [B, heads, T, S]
+        scores = q @ keys.transpose(-2, -1) / self.divisor  # [B, heads, T, S]
         if mask is not None:
             scores = scores + mask
         weights = torch.softmax(scores, dim=-1)
@@ -68,7 +69,7 @@ class MultiHeadAttention(nn.Module):
             mask: added to the scores `[B, heads, Q, P + Q]`.
         """
         P = cache[0].shape[2]
-        q = self._split(self.query(queries)) / math.sqrt(self.head_width)
+        q = self._split(self.query(queries)) / self.divisor
         scores = torch.cat([q @ part[0].transpose(-2, -1) for part in (cache, new)], dim=-1) + mask
         weights = torch.softmax(scores, dim=-1)
         mixed = weights[..., :P] @ cache[1] + weights[..., P:] @ new[1]

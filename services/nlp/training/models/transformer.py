@@ -153,6 +153,9 @@ class Decoded:
 class Transformer(nn.Module):
     """Encoder and decoder."""
 
+    first_position = 0
+    """Of positions, in training and in decoding alike."""
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
@@ -162,6 +165,10 @@ class Transformer(nn.Module):
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.encoder_norm = nn.LayerNorm(config.width)
         self.decoder_norm = nn.LayerNorm(config.width)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draws all matrices but the embeddings (Glorot & Bengio 2010); biases begin at zero."""
         for name, weight in self.named_parameters():
             if weight.ndim == 2 and "table" not in name:
                 nn.init.xavier_uniform_(weight)
@@ -171,7 +178,7 @@ class Transformer(nn.Module):
     def encode(self, source: Tensor) -> Tensor:
         """`[B, S]` tokens, PAD at the end → memory `[B, S, width]`."""
         mask = padding_mask(source != PAD)
-        x = self.source(source, torch.arange(source.shape[1]))
+        x = self.source(source, self.first_position + torch.arange(source.shape[1]))
         for layer in self.encoder:
             x = layer(x, mask)
         normed: Tensor = self.encoder_norm(x)
@@ -184,17 +191,17 @@ class Transformer(nn.Module):
     def decode(self, target: Tensor, memory: Tensor, present: Tensor) -> Tensor:
         """Logits `[B, T, V]` after each prefix of `target` `[B, T]`; `present` `[B, S]` says where the memory is."""
         mask, cross_mask = causal_mask(target.shape[1]), padding_mask(present)
-        x = self.target(target, torch.arange(target.shape[1]))
+        x = self.target(target, self.first_position + torch.arange(target.shape[1]))
         for layer, cross in zip(self.decoder, self.cross(memory), strict=True):
             x = layer(x, mask, cross, cross_mask)
         return self.logits(x)
 
-    def start(self, source: Tensor, first_position: int = 0) -> Decoded:
-        """`[B, S]` tokens → a decoder that has read nothing yet; it counts positions from `first_position`."""
-        config = self.config
-        empty = torch.zeros(len(source), config.heads, 0, config.width // config.heads)
-        memory = self.cross(self.encode(source))
-        return Decoded(first_position, [(empty, empty)] * config.layers, memory, padding_mask(source != PAD))
+    def start(self, source: Tensor, first_position: int | None = None) -> Decoded:
+        """`[B, S]` tokens → a decoder that has read nothing yet; counting from elsewhere is a mistake to study."""
+        first = self.first_position if first_position is None else first_position
+        cross = self.cross(self.encode(source))
+        empty = cross[0][0][:, :, :0]
+        return Decoded(first, [(empty, empty)] * len(cross), cross, padding_mask(source != PAD))
 
     def proceed(self, token: Tensor, state: Decoded) -> tuple[Tensor, Decoded]:
         """Logits `[B, V]` after `[B]` tokens more."""
