@@ -22,7 +22,7 @@ from services.nlp.serving.config import NlpConfig
 from services.nlp.serving.decoding import NEW, DecodingLoops, Start, StepRun
 from services.nlp.serving.sampling import FIRST_PIECE, Sampler, SamplingSettings, StopStrings
 from services.nlp.serving.search import Floats, Next
-from services.nlp.tokenizers.characters import CharacterTokenizer
+from services.nlp.tokenizers.texts import TextTokenizer, read_text_tokenizer
 from shared.errors import InvalidInput, ModelUnavailable
 from shared.serving.engine import Engine
 from shared.serving.served import Served
@@ -30,7 +30,7 @@ from shared.serving.session import Array
 
 GENERATION = "text-generation"
 VOCABULARY = "vocabulary.json"
-"""The asset of a language model that holds its characters."""
+"""The asset of a language model that holds its characters or pieces."""
 DEFAULT_TOKENS, MAX_TOKENS, MAX_ALTERNATIVES, MAX_STOPS, MAX_STOP_CHARACTERS = 200, 2000, 10, 8, 64
 MAX_TEMPERATURE, MAX_TOP_K = 5.0, 10_000
 DEFAULT_TEMPERATURE = 0.8
@@ -171,7 +171,7 @@ class TextGenerator:
         self._engine = engine
         self._config = config
         self._loops = DecodingLoops()
-        self._tokenizers: WeakKeyDictionary[Served, CharacterTokenizer] = WeakKeyDictionary()
+        self._tokenizers: WeakKeyDictionary[Served, TextTokenizer] = WeakKeyDictionary()
 
     async def generate(self, query: GenerateQuery) -> AsyncGenerator[GeneratedToken | GenerationSummary, None]:
         """Continues a prompt: the tokens as they are chosen, and a summary at the end.
@@ -224,7 +224,7 @@ class TextGenerator:
                     batch_size = result.batch_size
                 total = math.fsum(values)
                 return ScoreAnswer(
-                    tokens=[Scored(text[0], 0.0), *map(Scored, text[1:], values)],
+                    tokens=[Scored(*pair) for pair in zip(tokenizer.split(text), [0.0, *values], strict=True)],
                     log_probability=total,
                     perplexity=math.exp(-total / len(values)),
                     model=name,
@@ -236,7 +236,7 @@ class TextGenerator:
                     infer_seconds=infer_seconds,
                 )
 
-    def tokenizer(self, served: Served) -> CharacterTokenizer:
+    def tokenizer(self, served: Served) -> TextTokenizer:
         """The vocabulary of a leased model.
 
         Raises:
@@ -247,7 +247,7 @@ class TextGenerator:
             manifest = served.manifest
             if manifest.task != GENERATION or VOCABULARY not in served.assets:
                 raise ModelUnavailable(f"model {manifest.name} does {manifest.task}, not {GENERATION}")
-            tokenizer = CharacterTokenizer.from_json(served.assets[VOCABULARY].decode())
+            tokenizer = read_text_tokenizer(served.assets[VOCABULARY].decode())
             self._tokenizers[served] = tokenizer
         return tokenizer
 

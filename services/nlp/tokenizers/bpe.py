@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -54,7 +54,7 @@ class BytePairTokenizer:
             return self._split(word)
         symbols = _symbols(word)
         parts = (symbols[start : start + LONGEST_WORD] for start in range(0, len(symbols), LONGEST_WORD))
-        return tuple(piece for part in parts for piece in self._join(part))
+        return tuple(piece for part in parts for piece in apply_merges(part, self._ranks))
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """The words that pieces spell; special ids but `UNK` are left out."""
@@ -64,16 +64,7 @@ class BytePairTokenizer:
         return [word for word in text.split(WORD_BEGIN) if word]
 
     def _split_word(self, word: str) -> tuple[str, ...]:
-        return self._join(_symbols(word))
-
-    def _join(self, parts: list[str]) -> tuple[str, ...]:
-        while len(parts) > 1:
-            ranked = [(self._ranks.get(pair, len(self._ranks)), at) for at, pair in enumerate(pairwise(parts))]
-            rank, at = min(ranked)
-            if rank == len(self._ranks):
-                break
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        return tuple(parts)
+        return apply_merges(_symbols(word), self._ranks)
 
     def to_json(self) -> str:
         """The vocabulary as JSON."""
@@ -93,6 +84,17 @@ class BytePairTokenizer:
             raise ConfigurationError(f"the vocabulary cannot be read: {error!r}; publish the model again") from error
 
 
+def apply_merges(parts: list[str], ranks: Mapping[Pair, int]) -> tuple[str, ...]:
+    """Joins neighbours, the pair that was learnt first at each time, until no two are a pair."""
+    while len(parts) > 1:
+        ranked = [(ranks.get(pair, len(ranks)), at) for at, pair in enumerate(pairwise(parts))]
+        rank, at = min(ranked)
+        if rank == len(ranks):
+            break
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return tuple(parts)
+
+
 def train_bpe(words: Iterable[str], merges: int, min_count: int = 2) -> BytePairTokenizer:
     """Learns merges from words: again and again the most frequent pair of neighbours becomes one piece.
 
@@ -109,14 +111,15 @@ def train_bpe(words: Iterable[str], merges: int, min_count: int = 2) -> BytePair
     for word, count in counts.items():
         for symbol in spelled[word]:
             characters[symbol] += count
-    learnt = _learn_merges(counts, spelled, merges)
+    learnt = learn_merges(counts, spelled, merges)
     kept = sorted(symbol for symbol, count in characters.items() if count >= min_count)
     pieces = [*SPECIAL_PIECES, *kept]
     pieces += dict.fromkeys(left + right for left, right in learnt)
     return BytePairTokenizer(pieces, learnt)
 
 
-def _learn_merges(counts: Counter[str], spelled: dict[str, list[str]], merges: int) -> list[Pair]:
+def learn_merges(counts: Counter[str], spelled: dict[str, list[str]], merges: int) -> list[Pair]:
+    """The merges, in order; `spelled` holds the parts of each word and is changed in place."""
     pairs = Counter[Pair]()
     where: defaultdict[Pair, set[str]] = defaultdict(set)
     for word, parts in spelled.items():

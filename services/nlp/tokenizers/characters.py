@@ -28,6 +28,10 @@ class CharacterTokenizer:
         """An id for each character; one never seen is `UNK`."""
         return [self._ids.get(character, UNK) for character in text]
 
+    def split(self, text: str) -> list[str]:
+        """The characters, unknown ones included."""
+        return list(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ids are left out."""
         return "".join(self.pieces[index] for index in ids if index >= len(SPECIAL_PIECES))

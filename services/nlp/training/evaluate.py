@@ -18,7 +18,7 @@ from rich.table import Table
 from services.nlp.serving.generator import GENERATION, VOCABULARY
 from services.nlp.serving.predictors import DEFAULT_BEAM, DEFAULT_PENALTY, STEP_SUFFIX, TRANSLATION, VOCABULARIES
 from services.nlp.serving.search import SearchSettings
-from services.nlp.tokenizers.characters import CharacterTokenizer
+from services.nlp.tokenizers.texts import read_text_tokenizer
 from services.nlp.tokenizers.vocabularies import Vocabularies
 from services.nlp.training.data import load_pairs
 from services.nlp.training.offline import OnnxTranslator, onnx_held_out_loss
@@ -103,10 +103,10 @@ def _encoders_claim(folder: Path, manifest: Manifest, name: str) -> float:
 
 def _nats(folder: Path, manifest: Manifest, name: str) -> float:
     """Nats a character of a variant of a language model, on the held-back part of its text."""
-    tokenizer = CharacterTokenizer.from_json(read_assets(folder, manifest)[VOCABULARY].decode())
+    tokenizer = read_text_tokenizer(read_assets(folder, manifest)[VOCABULARY].decode())
     held = held_back_text(str(manifest.preprocessing["text"]))
     session = open_session(verify_variant(folder, manifest.variants[name]))
-    return onnx_held_out_loss(session, tokenizer.encode(held), int(manifest.preprocessing["context"]))
+    return onnx_held_out_loss(session, tokenizer, held, int(manifest.preprocessing["context"]))
 
 
 _MEASUREMENTS = {

@@ -19,7 +19,7 @@ import tyro
 from numpy.typing import NDArray
 
 from services.nlp.serving.generator import GENERATION, VOCABULARY
-from services.nlp.tokenizers.characters import CharacterTokenizer
+from services.nlp.tokenizers.texts import read_text_tokenizer
 from services.nlp.training.graphs import GptGraph, export_gpt, gpt_examples
 from services.nlp.training.models.gpt import Gpt, GptConfig
 from services.nlp.training.offline import onnx_held_out_loss
@@ -32,6 +32,7 @@ from services.nlp.training.publishing import (
     write_variants,
 )
 from services.nlp.training.texts import TEXTS, held_back_text
+from services.nlp.training.train_gpt import model_name
 from shared.artifacts import Manifest, TrainingRecord
 from shared.data.catalog import DATASETS
 from shared.errors import ConfigurationError
@@ -49,6 +50,8 @@ class ExportGptConfig:
 
     text: Literal["shakespeare", "soseki"] = "shakespeare"
     """What the run read."""
+    pieces: bool = False
+    """The model that reads pieces of byte-pair encoding, not the one that reads characters."""
     seed: int = 0
     """Seed of the run to ship."""
     runs: Path = Path("runs")
@@ -61,14 +64,20 @@ class ExportGptConfig:
     """Export a `--quick` run; the card is not copied to `services/nlp/cards`."""
 
     @property
+    def name(self) -> str:
+        """Of the model."""
+        return model_name(self.text, pieces=self.pieces)
+
+    @property
     def run_folder(self) -> Path:
         """Where the run to ship lives."""
-        return self.runs / f"{self.text}-gpt" / (f"seed{self.seed}" + ("-quick" if self.quick else ""))
+        return self.runs / self.name / (f"seed{self.seed}" + ("-quick" if self.quick else ""))
 
     @property
     def command(self) -> str:
         """The command line that exports this run again, without paths of the machine."""
         words = ["python -m services.nlp.training.export_gpt", f"--text {self.text}", f"--seed {self.seed}"]
+        words += ["--pieces"] if self.pieces else []
         words += [f"--version {self.version}"] if self.version != 1 else []
         return " ".join([*words, "--quick"] if self.quick else words)
 
@@ -103,7 +112,8 @@ def check_gpt(model: Gpt, path: Path) -> float:
     session = open_session(path)
     worst = 0.0
     with torch.inference_mode():
-        for rows, new, past in ((1, 1, 1), (2, 5, 4), (5, 1, 40)):
+        quarter = model.config.context // 4
+        for rows, new, past in ((1, 1, 1), (2, quarter + 1, quarter), (5, 1, 3 * quarter)):
             tokens, position, cache = gpt_examples(model, rows=rows, new=new, past=past)
             inputs = (tokens, position, *cache)
             feeds = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), inputs, strict=True)}
@@ -122,35 +132,34 @@ def _manifest(
     vocabulary: str,
     parity: float,
 ) -> Manifest:
-    ids = CharacterTokenizer.from_json(vocabulary).encode(held_back_text(config.text))
-    context = model.config.context
+    tokenizer, held, context = read_text_tokenizer(vocabulary), held_back_text(config.text), model.config.context
     sessions = {name: open_session(path) for name, path in paths.items()}
-    nats = {name: onnx_held_out_loss(session, ids, context) for name, session in sessions.items()}
+    nats = {name: onnx_held_out_loss(session, tokenizer, held, context) for name, session in sessions.items()}
     latencies = measure_latencies(
         {name: _step(session, context // 2) for name, session in sessions.items()}, np.zeros((1, 1), np.float32)
     )
     LOG.info("nats a character: %s", nats)
     shipped = [name for name in paths if nats[name] <= nats[REFERENCE] + MAX_RISE]
     graph = onnx.load(str(paths[REFERENCE])).graph
-    title = TEXTS[config.text].title
+    title, read = TEXTS[config.text].title, f"{len(tokenizer)} pieces" if config.pieces else "characters"
     metrics = {
         name: {
             "nats": nats[name],
             "perplexity": float(np.exp(nats[name])),
             "latency_p50_ms": latencies[name].p50_ms,
             "latency_p95_ms": latencies[name].p95_ms,
-            "held_back_characters": float(len(ids)),
+            "held_back_characters": float(len(held)),
             **({"parity_max_abs_diff": parity} if name == REFERENCE else {}),
         }
         for name in shipped
     }
     return Manifest(
         service="nlp",
-        name=f"{config.text}-gpt",
+        name=config.name,
         version=config.version,
         task=GENERATION,
-        description=f"Continues text as {title} would: GPT over characters, {model.config.layers} layers of "
-        f"{model.config.width}, {context} characters in sight. Times are those of one step of one row.",
+        description=f"Continues text as {title} would: GPT over {read}, {model.config.layers} layers of "
+        f"{model.config.width}, {context} of them in sight. Times are those of one step of one row.",
         inputs=tensor_specs(graph.input),
         outputs=tensor_specs(graph.output),
         variants={name: describe(name, paths[name], metrics[name], latencies[name]) for name in shipped},

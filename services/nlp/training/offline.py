@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from services.nlp.serving.decoding import CROSS, Decoding, DecodingBatch
 from services.nlp.serving.predictors import padded
 from services.nlp.serving.search import BeamSearch, Found, SearchSettings
-from services.nlp.tokenizers.special import EOS
+from services.nlp.tokenizers.special import EOS, SPECIAL_PIECES
+from services.nlp.tokenizers.texts import TextTokenizer
 from services.nlp.tokenizers.vocabularies import Vocabularies
 from services.nlp.training.bleu import corpus_bleu
 from services.nlp.training.data import Pairs
@@ -74,17 +75,21 @@ class OnnxTranslator:
         ]
 
 
-def onnx_held_out_loss(session: ort.InferenceSession, ids: Sequence[int], context: int, batch: int = 32) -> float:
-    """Nats a token over a whole text: windows move by half a context, and only their second half counts."""
-    half, text = context // 2, np.array(ids, np.int64)
-    starts = np.arange(0, len(text) - context - 1, half)
+def onnx_held_out_loss(
+    session: ort.InferenceSession, tokenizer: TextTokenizer, text: str, context: int, batch: int = 32
+) -> float:
+    """Nats a character over a whole text: windows move by half a context, and only their second half counts."""
+    half, ids = context // 2, np.array(tokenizer.encode(text), np.int64)
+    special = len(SPECIAL_PIECES)
+    lengths = np.array([1] * special + [len(piece) for piece in tokenizer.pieces[special:]])
+    starts = np.arange(0, len(ids) - context - 1, half)
     total, count = 0.0, 0
     for at in range(0, len(starts), batch):
-        rows = text[starts[at : at + batch, None] + np.arange(context + 1)]
+        rows = ids[starts[at : at + batch, None] + np.arange(context + 1)]
         log_probabilities = session.run(["log_probabilities"], reading_feeds(session, rows[:, :-1]))[0][:, half:]
         chosen = np.take_along_axis(log_probabilities, rows[:, 1 + half :, None], axis=-1)
         total -= float(chosen.sum(dtype=np.float64))
-        count += chosen.size
+        count += int(lengths[rows[:, 1 + half :]].sum())
     return total / count
 
 

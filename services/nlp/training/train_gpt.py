@@ -1,5 +1,6 @@
 """Trains a language model: `python -m services.nlp.training.train_gpt --text shakespeare --seed 0`.
 
+With `--merges 512` it reads pieces of byte-pair encoding; its nats are still those of a character.
 The first nine tenths of the text train, the last tenth validates; its loss chooses the epoch (here 250 steps on random
 windows), and at the end is measured on the whole tenth, each window with half a context before it that is not counted.
 """
@@ -22,8 +23,10 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from services.nlp.tokenizers.characters import CharacterTokenizer, collect_characters
-from services.nlp.tokenizers.special import UNK
+from services.nlp.tokenizers.characters import collect_characters
+from services.nlp.tokenizers.special import SPECIAL_PIECES, UNK
+from services.nlp.tokenizers.text_bpe import train_text_bpe
+from services.nlp.tokenizers.texts import TextTokenizer
 from services.nlp.training.losses import token_cross_entropy
 from services.nlp.training.models.gpt import Gpt, GptConfig
 from services.nlp.training.texts import TEXTS, held_back_text, training_text
@@ -54,7 +57,7 @@ class TrainGptConfig:
     batch: int = 16
     """Windows in a step."""
     context: int = 128
-    """Characters in a window."""
+    """Tokens in a window."""
     width: int = 128
     """Of the network."""
     layers: int = 4
@@ -65,6 +68,8 @@ class TrainGptConfig:
     """Of embeddings, attention weights and every part's output."""
     min_count: int = 1
     """Characters that occur less often are one unknown, which is predicted and counted like any other."""
+    merges: int = 0
+    """Of byte-pair encoding; 0 reads character by character."""
     threads: int = 1
     """CPU threads."""
     runs: Path = Path("runs")
@@ -75,7 +80,7 @@ class TrainGptConfig:
     @property
     def name(self) -> str:
         """Of the model."""
-        return f"{self.text}-gpt"
+        return model_name(self.text, pieces=self.merges > 0)
 
     @property
     def folder(self) -> Path:
@@ -107,6 +112,11 @@ class TrainGptConfig:
         return " ".join([*words, "--quick"] if self.quick else words)
 
 
+def model_name(text: str, *, pieces: bool) -> str:
+    """Name of the model of a text: `shakespeare-gpt` reads characters, `shakespeare-bpe-gpt` pieces."""
+    return f"{text}-bpe-gpt" if pieces else f"{text}-gpt"
+
+
 class Windows:
     """Random windows of a text, the same for the same (seed, epoch, step)."""
 
@@ -115,7 +125,7 @@ class Windows:
         self.steps_per_epoch = steps
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Characters `[B, context]` and those that follow each."""
+        """Tokens `[B, context]` and those that follow each."""
         starts = sample_rng(self.seed, epoch, step).integers(0, len(self.ids) - self.context, self.size)
         rows = torch.stack([self.ids[start : start + self.context + 1] for start in starts])
         return rows[:, :-1], rows[:, 1:]
@@ -129,7 +139,7 @@ class LossValidator:
         self.rows = torch.stack([ids[start : start + context + 1] for start in starts])
 
     def __call__(self, model: nn.Module) -> Score:
-        """Nats a character."""
+        """Nats a token."""
         with torch.inference_mode():
             logits = model(self.rows[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1), self.rows[:, 1:].flatten()).item()
@@ -137,8 +147,16 @@ class LossValidator:
 
 
 @torch.inference_mode()
-def held_out_loss(model: nn.Module, ids: Tensor, context: int, batch: int = 32) -> float:
-    """Nats a character over a whole text: windows move by half a context, and only their second half counts."""
+def held_out_loss(model: nn.Module, ids: Tensor, context: int, lengths: Tensor, batch: int = 32) -> float:
+    """Nats a character over a whole text: windows move by half a context, and only their second half counts.
+
+    Args:
+        model: the language model.
+        ids: the text.
+        context: tokens in a window.
+        lengths: `[V]`, characters of each token; a text in pieces has fewer tokens, each of which costs more.
+        batch: windows in a run.
+    """
     half = context // 2
     starts = range(0, len(ids) - context - 1, half)
     total, count = 0.0, 0
@@ -146,8 +164,19 @@ def held_out_loss(model: nn.Module, ids: Tensor, context: int, batch: int = 32) 
         rows = torch.stack([ids[start : start + context + 1] for start in starts[at : at + batch]])
         logits = model(rows[:, :-1])[:, half:]
         total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1 + half :].flatten(), reduction="sum").item()
-        count += logits.shape[0] * logits.shape[1]
+        count += int(lengths[rows[:, 1 + half :]].sum())
     return total / count
+
+
+def token_lengths(tokenizer: TextTokenizer) -> Tensor:
+    """Characters of each token `[V]`; a special one counts as one, which is what an unknown character is."""
+    return torch.tensor([1] * len(SPECIAL_PIECES) + [len(piece) for piece in tokenizer.pieces[len(SPECIAL_PIECES) :]])
+
+
+def character_baselines(config: TrainGptConfig) -> dict[str, float]:
+    """`baselines` over characters, whatever the model reads: its nats are those of a character too."""
+    tokenizer, train, held = divide(dataclasses.replace(config, merges=0))
+    return baselines(train, held, len(tokenizer))
 
 
 def baselines(train: Tensor, held: Tensor, size: int) -> dict[str, float]:
@@ -159,10 +188,14 @@ def baselines(train: Tensor, held: Tensor, size: int) -> dict[str, float]:
     return {"uniform": math.log(len(Counter(train.tolist()))), "unigram": unigram, "bigram": bigram}
 
 
-def divide(config: TrainGptConfig) -> tuple[CharacterTokenizer, Tensor, Tensor]:
+def divide(config: TrainGptConfig) -> tuple[TextTokenizer, Tensor, Tensor]:
     """The vocabulary, and the ids of the training and of the held-back part."""
     parts = training_text(config.text), held_back_text(config.text)
-    tokenizer = collect_characters(parts[0], config.min_count)
+    tokenizer: TextTokenizer = (
+        train_text_bpe(parts[0], config.merges, config.min_count)
+        if config.merges
+        else collect_characters(parts[0], config.min_count)
+    )
     train, held = (torch.tensor(tokenizer.encode(part)) for part in parts)
     return tokenizer, train, held
 
@@ -194,10 +227,10 @@ def train(config: TrainGptConfig) -> dict[str, object]:
         "seed": config.seed,
         "text": config.text,
         "unknown_share": (held == UNK).float().mean().item(),
-        "nats": held_out_loss(model.eval(), held, config.context),
+        "nats": held_out_loss(model.eval(), held, config.context, token_lengths(tokenizer)),
         "best_epoch": fitted.best_epoch,
         "wall_seconds": round(fitted.wall_seconds, 1),
-        "baselines": baselines(reading, held, len(tokenizer)),
+        "baselines": character_baselines(config),
         "network": dataclasses.asdict(sizes),
     }
     save_weights(config.folder / "weights.pt", model)

@@ -129,7 +129,9 @@ class TestModel:
 
 
 class TestMeasuring:
-    def test_held_out_loss_counts_each_position_once(self, gpt):
+    @pytest.mark.parametrize("lengths", [torch.ones(V, dtype=torch.int64), torch.arange(V) % 4 + 1])
+    def test_held_out_loss_counts_each_position_once(self, gpt, lengths):
+        """Nats of tokens, divided by their characters."""
         ids, context = torch.randint(V, (97,)), 24
         total, count = 0.0, 0
         for start in range(0, 97 - context - 1, 12):
@@ -137,8 +139,8 @@ class TestMeasuring:
                 logits = gpt(ids[None, start : start + context])[0]
             for at in range(12, 24):
                 total -= logits[at].log_softmax(-1)[ids[start + at + 1]].item()
-                count += 1
-        assert held_out_loss(gpt, ids, context, batch=3) == pytest.approx(total / count, abs=1e-5)
+                count += lengths[ids[start + at + 1]].item()
+        assert held_out_loss(gpt, ids, context, lengths, batch=3) == pytest.approx(total / count, abs=1e-5)
 
     def test_baselines_by_hand(self):
         train, held = torch.tensor([4, 5, 4, 5, 4]), torch.tensor([4, 5])

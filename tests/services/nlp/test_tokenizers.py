@@ -9,7 +9,10 @@ from itertools import pairwise
 import pytest
 
 from services.nlp.tokenizers.bpe import LONGEST_WORD, WORD_BEGIN, BytePairTokenizer, train_bpe
+from services.nlp.tokenizers.characters import collect_characters
 from services.nlp.tokenizers.special import BOS, EOS, PAD, SPECIAL_PIECES, UNK
+from services.nlp.tokenizers.text_bpe import TextBytePairTokenizer, chunks, train_text_bpe
+from services.nlp.tokenizers.texts import read_text_tokenizer
 from services.nlp.tokenizers.vocabularies import Vocabularies
 from services.nlp.tokenizers.words import WordTokenizer, count_words
 from services.nlp.training.data import divide, load_pairs
@@ -240,3 +243,59 @@ class TestFiles:
         for merges in ([["a"]], [["a", "b", "c"]], 7, [1]):
             with pytest.raises(ConfigurationError):
                 BytePairTokenizer.from_json(json.dumps(text | {"merges": merges}))
+
+
+class TestTextPieces:
+    """Byte-pair encoding of running text."""
+
+    TEXT = "To be, or not to be:\nthat is  the question.\n\nROMEO:\n\tBut soft! 12 moons;  \n"
+
+    @pytest.mark.parametrize("merges", [0, 5, 40, 1000])
+    def test_round_trip_keeps_every_character(self, merges):
+        tokenizer = train_text_bpe(self.TEXT, merges)
+        pieces = tokenizer.split(self.TEXT)
+        assert "".join(pieces) == self.TEXT == tokenizer.decode(tokenizer.encode(self.TEXT))
+        assert [tokenizer.pieces[index] for index in tokenizer.encode(self.TEXT)] == pieces
+        again = TextBytePairTokenizer.from_json(tokenizer.to_json())
+        assert again.encode(self.TEXT) == tokenizer.encode(self.TEXT)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_any_text_is_cut_into_chunks_without_loss(self, seed):
+        rng = random.Random(seed)
+        text = "".join(rng.choice("ab 1_,'\n\t\r 　猫é🙂") for _ in range(rng.randint(0, 300)))
+        assert "".join(chunks(text)) == text
+        assert "".join(train_text_bpe(self.TEXT, 20).split(text)) == text
+
+    def test_words_take_the_space_before_them_and_merges_stay_inside(self):
+        assert chunks("it is,  or\n\nnot") == ["it", " is", ",", " ", " or", "\n\n", "not"]
+        tokenizer = train_text_bpe("a b " * 50, 100)
+        assert set(tokenizer.split("a b a b ")) <= {"a", " a", " b", " "}
+
+    def test_the_first_merge_is_the_most_frequent_pair(self):
+        tokenizer = train_text_bpe("ab ab ab cd cd", 2)  # of `a`+`b` 3, ` `+`a` 2, `c`+`d` 2 and ` `+`c` 2
+        assert tokenizer.merges[0] == ("a", "b")
+        assert tokenizer.merges[1] == (" ", "ab"), "ties in the order of Unicode"
+
+    def test_rare_characters_are_unknown_but_keep_their_place(self):
+        tokenizer = train_text_bpe("aaaa bbbb aaaa bbbb xq", 50, min_count=2)
+        assert tokenizer.encode("x") == [UNK]
+        assert "".join(tokenizer.split("aaaa xq")) == "aaaa xq"
+        assert not any("x" in piece or "q" in piece for piece in tokenizer.pieces[4:])
+
+    def test_long_chunks_do_not_cost_the_square_of_their_length(self):
+        tokenizer = train_text_bpe("ab" * 50, 20)
+        started = time.perf_counter()
+        assert "".join(tokenizer.split("ab" * 50_000)) == "ab" * 50_000
+        assert time.perf_counter() - started < 5  # whole it would take hours
+
+    @pytest.mark.parametrize("kind", ["characters", "pieces"])
+    def test_a_file_says_what_kind_it_holds(self, kind):
+        made = collect_characters(self.TEXT) if kind == "characters" else train_text_bpe(self.TEXT, 9)
+        read = read_text_tokenizer(made.to_json())
+        assert type(read) is type(made)
+        assert read.split(self.TEXT) == made.split(self.TEXT)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "words", "pieces": []}', '{"kind": "text-bpe"}'])
+    def test_another_file_is_refused(self, text):
+        with pytest.raises(ConfigurationError, match="cannot be read"):
+            read_text_tokenizer(text)
