@@ -84,12 +84,16 @@ class Gpt(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`[B, T]` → logits `[B, T, V]` of what follows each position; T is at most the context."""
+        return self.logits(self.states(tokens))
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """`[B, T]` → `[B, T, width]`, what the last block says of each position."""
         T = tokens.shape[1]
-        x = self.dropout(self.tokens(tokens) + self.positions(torch.arange(T)))
+        x: Tensor = self.dropout(self.tokens(tokens) + self.positions(torch.arange(T)))
         mask = causal_mask(T)
         for block in self.blocks:
             x = block(x, mask)
-        return self.logits(x)
+        return x
 
     def logits(self, x: Tensor) -> Tensor:
         """`[..., width]` → `[..., V]` by the tied embedding."""
