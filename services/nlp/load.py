@@ -13,14 +13,14 @@ from shared.client.load import GrpcUser, WrongAnswer
 
 
 class NlpUser(GrpcUser):
-    """Mostly the default, some greedy searches by fp16, and one request in ten that holds no words.
+    """Mostly the default, some greedy searches, and one request in ten that holds no words.
 
-    Answers of fp16 must not change. int8 rounds by the largest value of a step, whoever's it is: neighbours count.
+    A translation must not change, whoever shares its steps.
     """
 
     service = "nlp"
-    _answers: ClassVar[dict[str, str]] = {}
-    """Sentence -> greedy translation by fp16, shared by all users."""
+    _answers: ClassVar[dict[tuple[str, int], str]] = {}
+    """(Sentence, beam) -> translation, shared by all users; beam 0 is the service's default."""
 
     def on_start(self) -> None:
         """Connects."""
@@ -32,9 +32,9 @@ class NlpUser(GrpcUser):
         self._translate(pb.TranslateRequest(text=random.choice(SENTENCES)), "Translate")  # noqa: S311
 
     def translate_greedily(self) -> None:
-        """Greedy search by fp16."""
-        request = pb.TranslateRequest(text=random.choice(SENTENCES), beam=1, variant="fp16")  # noqa: S311
-        self._translate(request, "Translate greedy fp16")
+        """Greedy search."""
+        request = pb.TranslateRequest(text=random.choice(SENTENCES), beam=1)  # noqa: S311
+        self._translate(request, "Translate greedy")
 
     def translate_nothing(self) -> None:
         """A text without words must be refused, with the reason."""
@@ -46,8 +46,9 @@ class NlpUser(GrpcUser):
             if not answer.hypotheses or not answer.hypotheses[0].text:
                 raise WrongAnswer(f"no translation of {request.text!r}")
             text = answer.hypotheses[0].text
-            if request.variant == "fp16" and self._answers.setdefault(request.text, text) != text:
-                raise WrongAnswer(f"{request.text!r} was {self._answers[request.text]} and is now {text}")
+            first = self._answers.setdefault((request.text, request.beam), text)
+            if first != text:
+                raise WrongAnswer(f"{request.text!r} was {first} and is now {text}")
 
         self.measure(name, self.nlp.Translate, request, check)
 

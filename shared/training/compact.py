@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
 from shared.errors import ConfigurationError
 
 MIN_VALUES = 64
 """Smaller tensors (biases, shapes, constants) stay as they are."""
+BLOCK = 64
+"""Inputs that share a scale. With 128 and 256 rows are no longer rounded alone (docs/log.md)."""
+INT8_SUMS = 4
+"""`accuracy_level` of MatMulNBits: the input is rounded to int8 too, so that products are summed in integers."""
 
 
 def store_half(source: Path, target: Path) -> int:
@@ -50,25 +57,68 @@ def store_half(source: Path, target: Path) -> int:
 def quantize_matrices(source: Path, target: Path, *, embeddings: bool = False) -> None:
     """Writes a graph whose matrix products (Gemm, MatMul) have int8 weights and quantise their inputs as they come.
 
-    Needs no calibration. It suits fully connected networks; convolutions would become slower than in float, and stay.
-    With `embeddings`, tables that are looked up (Gather) are stored in int8 too.
+    Weights are symmetric with a scale for each output and each BLOCK inputs, and so is every row's input: what a row
+    gives does not depend on the rows beside it, which ONNX Runtime's dynamic quantisation (one scale for the whole
+    batch) does not promise. Needs no calibration. It suits fully connected networks; convolutions stay. With
+    `embeddings`, tables that are looked up (Gather) are stored in int8 too.
 
     Raises:
         ConfigurationError: the graph has no matrix product with weights.
     """
-    graph = onnx.load(str(source)).graph
-    if not any(node.op_type in ("Gemm", "MatMul") for node in graph.node):
-        raise ConfigurationError(f"{source.name} has no matrix product; dynamic int8 would change nothing")
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # the tool asks on the root logger for preparations that change nothing here
+    model = onnx.load(str(source))
+    _turn_gemm_into_matmul(model.graph)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    if not any(node.op_type == "MatMul" and node.input[1] in weights for node in model.graph.node):
+        raise ConfigurationError(f"{source.name} has no matrix product with weights; int8 would change nothing")
+    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=INT8_SUMS, bits=8)
+    with _quiet():
+        quantizer = MatMulNBitsQuantizer(model, algo_config=config)
+        quantizer.process()
+        onnx.save(quantizer.model.model, str(target))
+        if embeddings:
+            quantize_dynamic(
+                str(target), str(target), op_types_to_quantize=["Gather"], weight_type=QuantType.QInt8
+            )
+
+
+def _turn_gemm_into_matmul(graph: onnx.GraphProto) -> None:
+    """Writes every Gemm that is a plain product with weights as MatMul and Add, which alone can be quantised by block."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+        plain = all(attributes.get(name, 1) == 1 for name in ("alpha", "beta")) and not attributes.get("transA", 0)
+        if node.op_type != "Gemm" or not plain or node.input[1] not in weights:
+            nodes.append(node)
+            continue
+        values = numpy_helper.to_array(weights[node.input[1]])
+        turned = f"{node.output[0]}.weight"
+        straight = np.ascontiguousarray(values.T) if attributes.get("transB", 0) else values
+        graph.initializer.append(numpy_helper.from_array(straight, turned))
+        product, bias = node.output[0], node.input[2:3]
+        if bias:
+            product += ".product"
+            nodes.append(helper.make_node("MatMul", [node.input[0], turned], [product], f"{node.name}.product"))
+            nodes.append(helper.make_node("Add", [product, *bias], [node.output[0]], node.name))
+        else:
+            nodes.append(helper.make_node("MatMul", [node.input[0], turned], [product], node.name))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the quantisers, which tell every node, and ask on the root logger for what changes nothing here."""
+    loggers = [logging.getLogger(name) for name in (None, MatMulNBitsQuantizer.__module__)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        quantize_dynamic(
-            str(source),
-            str(target),
-            op_types_to_quantize=["Gemm", "MatMul", *(["Gather"] if embeddings else [])],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-        )
+        yield
     finally:
-        root.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -124,10 +124,10 @@ def test_score_is_the_sum_of_the_tokens(client, session, tokenizer):
     assert client.score(shuffled).perplexity > 3 * answer.perplexity
 
 
-def test_texts_that_are_written_together_are_those_written_alone(client):
-    """Of `fp16`: int8 rounds activations by the largest of the whole step, so there neighbours count."""
+@pytest.mark.parametrize("variant", ["fp16", "int8"])
+def test_texts_that_are_written_together_are_those_written_alone(client, variant):
     wishes = [
-        GenerateOptions(variant="fp16", seed=seed, max_tokens=30 + 12 * seed, temperature=0.5 + seed / 10)
+        GenerateOptions(variant=variant, seed=seed, max_tokens=30 + 12 * seed, temperature=0.5 + seed / 10)
         for seed in range(10)
     ]
     prompts = [PROMPT[: 3 + 2 * seed] for seed in range(10)]

@@ -279,9 +279,8 @@ class TestShipped:
             assert answer.steps == most
         assert client.translate(SENTENCES[0], TranslateOptions(max_tokens=200)).hypotheses[0].finished
 
-    @pytest.mark.parametrize(("variant", "least"), [("fp16", 24), ("int8", 18)])
-    def test_24_at_once_get_what_each_gets_alone(self, client, variant, least):
-        """int8 products share one scale among all rows of a run, so there a neighbour may tip a close decision."""
+    @pytest.mark.parametrize("variant", ["fp16", "int8"])
+    def test_24_at_once_get_what_each_gets_alone(self, client, variant):
         asked = [
             (SENTENCES[number % 8], TranslateOptions(variant=variant, beam=1 + number % 5, attention=number % 3 == 0))
             for number in range(24)
@@ -290,17 +289,13 @@ class TestShipped:
         with ThreadPoolExecutor(24) as pool:
             together = list(pool.map(lambda one: client.translate(*one), asked))
         assert max(answer.info.batch_size for answer in together) > 5  # rows of more than one of them
-        same = [
-            one.hypotheses[0].text == other.hypotheses[0].text and list(one.source_words) == list(other.source_words)
-            for one, other in zip(alone, together, strict=True)
-        ]
-        assert sum(same) >= least
-        if variant == "fp16":
-            for one, other in zip(alone, together, strict=True):
-                assert one.hypotheses[0].score == pytest.approx(other.hypotheses[0].score, abs=1e-4)
-                np.testing.assert_allclose(
-                    one.hypotheses[0].attention.weights, other.hypotheses[0].attention.weights, atol=1e-4
-                )
+        for one, other in zip(alone, together, strict=True):
+            assert list(one.source_words) == list(other.source_words)
+            assert one.hypotheses[0].text == other.hypotheses[0].text
+            assert one.hypotheses[0].score == pytest.approx(other.hypotheses[0].score, abs=1e-4)
+            np.testing.assert_allclose(
+                one.hypotheses[0].attention.weights, other.hypotheses[0].attention.weights, atol=1e-4
+            )
 
     @pytest.mark.parametrize(
         ("text", "unknown"),
