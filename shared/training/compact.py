@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
 from shared.errors import ConfigurationError
 
@@ -65,13 +64,19 @@ def quantize_matrices(source: Path, target: Path, *, embeddings: bool = False) -
     Raises:
         ConfigurationError: the graph has no matrix product with weights.
     """
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
     model = onnx.load(str(source))
     _turn_gemm_into_matmul(model.graph)
-    weights = {tensor.name for tensor in model.graph.initializer}
-    if not any(node.op_type == "MatMul" and node.input[1] in weights for node in model.graph.node):
+    inputs = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    inputs_of_products = [
+        inputs[node.input[1]] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in inputs
+    ]
+    if not inputs_of_products:
         raise ConfigurationError(f"{source.name} has no matrix product with weights; int8 would change nothing")
-    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=INT8_SUMS, bits=8)
-    with _quiet():
+    block = BLOCK if min(inputs_of_products) >= BLOCK else BLOCK // 2  # a narrower matrix would be padded
+    config = DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, accuracy_level=INT8_SUMS, bits=8)
+    with _quiet(MatMulNBitsQuantizer.__module__):
         quantizer = MatMulNBitsQuantizer(model, algo_config=config)
         quantizer.process()
         onnx.save(quantizer.model.model, str(target))
@@ -111,9 +116,9 @@ def _turn_gemm_into_matmul(graph: onnx.GraphProto) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(module: str) -> Iterator[None]:
     """Silences the quantisers, which tell every node, and ask on the root logger for what changes nothing here."""
-    loggers = [logging.getLogger(name) for name in (None, MatMulNBitsQuantizer.__module__)]
+    loggers = [logging.getLogger(name) for name in (None, module)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
