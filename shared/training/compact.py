@@ -81,9 +81,7 @@ def quantize_matrices(source: Path, target: Path, *, embeddings: bool = False) -
         quantizer.process()
         onnx.save(quantizer.model.model, str(target))
         if embeddings:
-            quantize_dynamic(
-                str(target), str(target), op_types_to_quantize=["Gather"], weight_type=QuantType.QInt8
-            )
+            quantize_dynamic(str(target), str(target), op_types_to_quantize=["Gather"], weight_type=QuantType.QInt8)
 
 
 def _turn_gemm_into_matmul(graph: onnx.GraphProto) -> None:

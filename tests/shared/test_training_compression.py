@@ -180,7 +180,8 @@ class TestFiles:
         x[1] *= 1000  # one scale for the whole batch would leave the others nothing
         together = predict(x)
         for rows in (1, 2, 7):
-            np.testing.assert_array_equal(np.concatenate([predict(x[at : at + rows]) for at in range(0, 33, rows)]), together)
+            apart = np.concatenate([predict(x[at : at + rows]) for at in range(0, 33, rows)])
+            np.testing.assert_array_equal(apart, together)
 
     def test_int8_of_convolutions_alone_is_refused(self, tmp_path):
         convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())

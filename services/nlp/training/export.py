@@ -118,7 +118,9 @@ def export(config: ExportConfig) -> list[Path]:
         candidates = measure_variants(Path(folder), vocabularies)
         LOG.info("BLEU: %s", {name: candidate.quality["bleu"] for name, candidate in candidates.items()})
         shipped = choose(candidates, config.variants)
-        record = training_record(config, result, {n: c.quality["bleu"] for n, c in candidates.items() if n not in shipped})
+        record = training_record(
+            config, result, {n: c.quality["bleu"] for n, c in candidates.items() if n not in shipped}
+        )
         # the step first: serving looks for it as soon as there is an encoder
         return [
             _publish(config, part, shipped, record, parity, vocabularies if part == "encoder" else None)
