@@ -85,7 +85,7 @@ def quantize_matrices(source: Path, target: Path, *, embeddings: bool = False) -
 
 
 def _turn_gemm_into_matmul(graph: onnx.GraphProto) -> None:
-    """Writes every Gemm that is a plain product with weights as MatMul and Add, which alone can be quantised by block."""
+    """Writes every Gemm that is a plain product with weights as MatMul and Add: those alone are quantised by block."""
     weights = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
