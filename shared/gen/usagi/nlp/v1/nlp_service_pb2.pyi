@@ -297,9 +297,7 @@ class GenerateTextRequest(_message.Message):
     means 1.
     """
     seed: _builtins.int
-    """Seed of the draws: the same request with the same seed gives the same text, with `int8` only while nobody shares its
-    steps, since it rounds by the largest value of a whole step. Unset means another text each time.
-    """
+    """Seed of the draws: the same request with the same seed gives the same text. Unset means another text each time."""
     alternatives: _builtins.int
     """Number of most probable tokens to return with each token, 0 to 10."""
     @_builtins.property
