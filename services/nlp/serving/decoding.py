@@ -4,7 +4,8 @@ steps.
 The decoder's graph makes one step of any number of rows. It is given each row's cache (keys and values of the
 positions before, and of the source) and returns this position's keys and values, which are put into the cache here.
 The caches of all rows lie in arrays of a capacity that a step's rows fill from the front, so a step's inputs are
-views and not copies. What a row's cache does not fill is hidden by its `position` and `source_length`.
+views and not copies. What a row's cache does not fill is hidden by its `position` and `source_length`. A recurrent
+decoder has a state a row instead, which each step replaces.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class StepRun(ABC):
 class Start:
     """A row before its first step: the token to read at `position`, and what its caches hold already.
 
-    `arrays`: `[1, heads, length, width]` by input name; `source_length`: positions of the source without padding.
+    `arrays`: caches `[1, heads, length, width]` and states `[1, width]` by input name; `source_length`: positions of
+    the source without padding.
     """
 
     token: int
@@ -94,12 +96,13 @@ class Decoding(StepRun):
 
     Attributes:
         search: says how it goes on.
-        cross: the source's keys and values by input name, `[1, heads, S, width]`.
+        memory: what the encoder gave, by the step's input: the source's keys and values `[1, heads, S, width]`, or
+            the first state `[1, width]`.
         source_length: S without padding.
     """
 
     search: BeamSearch
-    cross: dict[str, Floats]
+    memory: dict[str, Floats]
     source_length: int
 
     @property
@@ -115,7 +118,7 @@ class Decoding(StepRun):
     @property
     def start(self) -> Start:
         """It reads BOS first."""
-        return Start(BOS, 0, self.cross, self.source_length)
+        return Start(BOS, 0, self.memory, self.source_length)
 
     def advance(self, outputs: dict[str, Array], rows: slice) -> Next | None:
         """See StepRun."""
@@ -134,18 +137,23 @@ class Cache:
     """The rows of all running decodings.
 
     Args:
-        inputs: of the step's graph; all but STEP_INPUTS are caches `[rows, heads, positions, width]`, those of the
-            source begin with CROSS.
+        inputs: of the step's graph; all but STEP_INPUTS are caches `[rows, heads, positions, width]`, of which those
+            of the source begin with CROSS, or states `[rows, width]`.
     """
 
     def __init__(self, inputs: Sequence[TensorSpec]) -> None:
-        specs = [spec for spec in inputs if spec.name not in STEP_INPUTS]
+        specs = [spec for spec in inputs if spec.name not in STEP_INPUTS and len(spec.shape) == 4]
         self._numbers = [spec.name for spec in inputs if spec.name in STEP_INPUTS]
         self._arrays: dict[str, Array] = {
             spec.name: np.zeros((1, spec.shape[1], CAPACITY_STEP, spec.shape[3]), np.float32) for spec in specs
         }
         self._own = [name for name in self._arrays if not name.startswith(CROSS)]
         self._cross = [name for name in self._arrays if name.startswith(CROSS)]
+        self._states: dict[str, Array] = {
+            spec.name: np.zeros((1, spec.shape[1]), np.float32)
+            for spec in inputs
+            if spec.name not in STEP_INPUTS and len(spec.shape) == 2
+        }
         self.rows = 0
         self.token = np.zeros(1, np.int64)
         self.position = np.zeros(1, np.int64)
@@ -154,10 +162,13 @@ class Cache:
     def add(self, run: StepRun) -> None:
         """Adds the first row of a run."""
         row, start = self.rows, run.start
-        lengths = {name: array.shape[2] for name, array in start.arrays.items()}
+        caches = {name: array for name, array in start.arrays.items() if name not in self._states}
+        lengths = {name: array.shape[2] for name, array in caches.items()}
         self._reserve(row + 1, max((lengths.get(name, 0) for name in self._own), default=0), 0)
         self._reserve(row + 1, 0, max((lengths.get(name, 0) for name in self._cross), default=0))
-        for name, array in start.arrays.items():
+        for name in self._states:
+            self._states[name][row] = start.arrays[name][0]
+        for name, array in caches.items():
             self._arrays[name][row, :, : array.shape[2]] = array[0]
         self.token[row], self.position[row], self.source_length[row] = start.token, start.position, start.source_length
         self.rows += 1
@@ -171,15 +182,17 @@ class Cache:
             "source_length": self.source_length,
         }
         known = {name: numbers[name] for name in self._numbers}
-        return {name: array[: self.rows] for name, array in (known | self._arrays).items()}
+        return {name: array[: self.rows] for name, array in (known | self._arrays | self._states).items()}
 
     def append(self, outputs: dict[str, Array]) -> None:
-        """Puts a step's keys and values behind those of the positions before."""
+        """Puts a step's keys and values behind those of the positions before; states are replaced."""
         rows = np.arange(self.rows)
         self._reserve(self.rows, int(self.position[: self.rows].max()) + 1, 0)
         for name in self._own:
             new = outputs[NEW + name]
             self._arrays[name][rows, :, self.position[: self.rows]] = new if new.ndim == 3 else new[:, :, 0]
+        for name, state in self._states.items():
+            state[: self.rows] = outputs[NEW + name]
         self.position[: self.rows] += 1
 
     def select(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
@@ -189,7 +202,7 @@ class Cache:
         chosen = np.array(parents, np.int64)
         moved = np.flatnonzero(chosen != np.arange(count))
         if moved.size:  # the others stay where they are
-            for array in (*self._arrays.values(), self.position, self.source_length):
+            for array in (*self._arrays.values(), *self._states.values(), self.position, self.source_length):
                 array[moved] = array[chosen[moved]]  # the right side is copied before anything is written
         self.token[:count] = tokens
         self.rows = count
@@ -219,6 +232,7 @@ class Cache:
             self.token, self.position, self.source_length = (
                 np.resize(array, size) for array in (self.token, self.position, self.source_length)
             )
+            self._states = {name: np.resize(array, (size, array.shape[1])) for name, array in self._states.items()}
 
 
 def _rounded(positions: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from services.nlp.preprocess import join_japanese, split_english
 from services.nlp.serving.config import NlpConfig
-from services.nlp.serving.decoding import CROSS, Decoding, DecodingLoops
+from services.nlp.serving.decoding import Decoding, DecodingLoops
 from services.nlp.serving.search import BeamSearch, Floats, Found, SearchSettings
 from services.nlp.tokenizers.special import EOS, PAD, SPECIAL_PIECES, UNK
 from services.nlp.tokenizers.vocabularies import Vocabularies
@@ -21,6 +21,8 @@ from shared.serving.served import Served
 TRANSLATION = "translation"
 VOCABULARIES = "vocabularies.json"
 """The asset of a translator that holds its two vocabularies."""
+ATTENTION = "attention"
+"""Output of a step that says where it looked, `[rows, layers, heads, S]`; not every translator has it."""
 STEP_SUFFIX = "-step"
 """A translator's decoder is the model of its name with this behind; it makes one step."""
 DEFAULT_BEAM, MAX_BEAM, MAX_TOKENS, MAX_PENALTY = 4, 16, 200, 2.0
@@ -99,7 +101,7 @@ class Translator:
         """Reads, encodes, searches and writes one sentence.
 
         Raises:
-            InvalidInput: the text or a setting.
+            InvalidInput: the text or a setting, or attention is wanted of a model without it.
             ModelNotFound: model, version or variant.
             ModelUnavailable: the model is broken, unloaded or no translator.
             Overloaded: the model's queue is full.
@@ -112,6 +114,7 @@ class Translator:
         async with models.acquire(name, query.version, query.variant) as encoder:
             _check_task(encoder)
             async with models.acquire(name + STEP_SUFFIX, encoder.version, encoder.variant) as step:
+                _check_attention(query, name, step)
                 with encoder.batcher.admit(), step.batcher.admit():
                     return await self._translate(name, query, encoder, step)
 
@@ -119,9 +122,10 @@ class Translator:
         source, preprocess_seconds = await self._engine.offload(lambda: self._read(query.text, encoder), query.deadline)
         encoder.observer.preprocess.observe(preprocess_seconds)
         encoded = await encoder.batcher.submit({"source": padded(source.ids)}, query.deadline)
-        cross = {key: value for key, value in encoded.outputs.items() if key.startswith(CROSS)}
+        read = {spec.name for spec in step.manifest.inputs}
+        memory = {key: value for key, value in encoded.outputs.items() if key in read}
         search = BeamSearch(search_settings(query, len(source.ids)), keeps_attention=query.attention)
-        decoding = Decoding(search, cross, len(source.ids), deadline=query.deadline)
+        decoding = Decoding(search, memory, len(source.ids), deadline=query.deadline)
         await self._loops.of(step).run(decoding)
         started = time.perf_counter()
         vocabularies = self._vocabularies[encoder]
@@ -211,6 +215,16 @@ def search_settings(query: TranslateQuery, source_length: int) -> SearchSettings
         max_tokens=query.max_tokens or min(MAX_TOKENS, 2 * source_length + 10),
         length_penalty=DEFAULT_PENALTY if query.length_penalty is None else query.length_penalty,
     )
+
+
+def _check_attention(query: TranslateQuery, name: str, step: Served) -> None:
+    if query.attention and ATTENTION not in {spec.name for spec in step.manifest.outputs}:
+        raise InvalidInput(
+            "attention",
+            f"is wanted of {name}, whose decoder has one state of the whole sentence and looks nowhere; drop it, or "
+            "ask another translator",
+            reason="NO_ATTENTION",
+        )
 
 
 def _check_task(encoder: Served) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from services.nlp.serving.decoding import CROSS, Decoding, DecodingBatch
+from services.nlp.serving.decoding import Decoding, DecodingBatch
 from services.nlp.serving.predictors import padded
 from services.nlp.serving.search import BeamSearch, Found, SearchSettings
 from services.nlp.tokenizers.special import EOS, SPECIAL_PIECES
@@ -65,8 +65,8 @@ class OnnxTranslator:
         ids = [*self.vocabularies.english.encode(words), EOS]
         names = [output.name for output in self.encoder.get_outputs()]
         outputs = self.encoder.run(names, {"source": padded(ids)})
-        cross = {name: np.asarray(value) for name, value in zip(names, outputs, strict=True) if name.startswith(CROSS)}
-        return Decoding(BeamSearch(settings), cross, len(ids))
+        memory = {name: np.asarray(value) for name, value in zip(names, outputs, strict=True)}
+        return Decoding(BeamSearch(settings), memory, len(ids))
 
     def _inputs(self) -> list[TensorSpec]:
         return [

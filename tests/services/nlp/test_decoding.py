@@ -27,17 +27,27 @@ INPUTS = [
     TensorSpec("values_0", "float32", (-1, 1, -1, 1)),
     TensorSpec("cross_keys_0", "float32", (-1, 1, -1, 1)),
     TensorSpec("cross_values_0", "float32", (-1, 1, -1, 2)),
+    TensorSpec("state", "float32", (-1, 2)),
 ]
 
 
+def folded(tokens):
+    """What a recurrent decoder might remember of the tokens read."""
+    state = 0
+    for token in tokens:
+        state = (31 * state + int(token)) % 1009
+    return state
+
+
 def fake_step(feeds):
-    """The cached keys are the tokens read and their positions, the values the number of the source: so every step can
-    check that each row's cache is its own, and derives its answer from all of it."""
+    """The cached keys are the tokens read and their positions, the values the number of the source, the state both: so
+    every step can check that each row's cache is its own, and derives its answer from all of it."""
     rows, S = len(feeds["token"]), feeds["cross_keys_0"].shape[2]
     assert all(len(array) == rows for array in feeds.values())
     log_probabilities = np.empty((rows, V), np.float32)
     attention = np.full((rows, 1, 2, S), 1e9, np.float32)
     own = np.empty((rows, 1, 2), np.float32)
+    states = np.empty((rows, 2), np.float32)
     sources = np.empty((rows, 1, 1), np.float32)
     for row in range(rows):
         token, position, length = (int(feeds[name][row]) for name in ("token", "position", "source_length"))
@@ -48,18 +58,20 @@ def fake_step(feeds):
         assert (feeds["values_0"][row, 0, :position] == source[0]).all()
         assert history[:, 1].tolist() == list(range(position))
         assert history[:1, 0].tolist() == [BOS][:position]
+        assert feeds["state"][row].tolist() == [source[0], folded(history[:, 0])]
         read = [*history[:, 0].astype(int).tolist(), token]
         rng = np.random.default_rng(zlib.crc32(repr((source, read)).encode()))
         logits = 2 * rng.normal(size=V)
         logits[EOS] += 0.3 * position - 1
         log_probabilities[row] = logits - np.log(np.exp(logits).sum())
         attention[row, ..., :length] = rng.dirichlet(np.ones(length), size=(1, 2))
-        own[row, 0], sources[row] = (token, position), source[0]
+        own[row, 0], sources[row], states[row] = (token, position), source[0], (source[0], folded(read))
     return {
         "log_probabilities": log_probabilities,
         "attention": attention,
         "new_keys_0": own,
         "new_values_0": sources,
+        "new_state": states,
     }
 
 
@@ -103,7 +115,7 @@ def decoding(number, length=5, padding=0, attention=True, deadline=float("inf"),
     values = np.full((1, 1, length + padding, 2), np.nan, np.float32)  # the encoder's padding is to be hidden
     values[0, 0, :length, 0] = number + np.arange(length) / 16
     values[0, 0, :length, 1] = 0
-    cross = {"cross_keys_0": values[..., :1], "cross_values_0": values}
+    cross = {"cross_keys_0": values[..., :1], "cross_values_0": values, "state": np.array([[number, 0]], np.float32)}
     search = BeamSearch(SearchSettings(**settings), keeps_attention=attention)
     return Decoding(search, cross, length, deadline=deadline)
 

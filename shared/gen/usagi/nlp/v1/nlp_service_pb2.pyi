@@ -80,7 +80,9 @@ class TranslateRequest(_message.Message):
     values favour longer translations. Unset means 1.3.
     """
     attention: _builtins.bool
-    """Whether to return, for each translation, where its pieces looked in the sentence."""
+    """Whether to return, for each translation, where its pieces looked in the sentence.
+    A model without attention (enja-gru) refuses it: INVALID_ARGUMENT, NO_ATTENTION.
+    """
     def __init__(
         self,
         *,
