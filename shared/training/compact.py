@@ -62,7 +62,7 @@ def quantize_matrices(source: Path, target: Path, *, embeddings: bool = False) -
     `embeddings`, tables that are looked up (Gather) are stored in int8 too.
 
     Raises:
-        ConfigurationError: the graph has no matrix product with weights.
+        ConfigurationError: the graph has no matrix product with weights, nor a table that is asked for.
     """
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
@@ -72,9 +72,10 @@ def quantize_matrices(source: Path, target: Path, *, embeddings: bool = False) -
     inputs_of_products = [
         inputs[node.input[1]] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in inputs
     ]
-    if not inputs_of_products:
+    tables = embeddings and any(node.op_type == "Gather" and node.input[0] in inputs for node in model.graph.node)
+    if not inputs_of_products and not tables:
         raise ConfigurationError(f"{source.name} has no matrix product with weights; int8 would change nothing")
-    block = BLOCK if min(inputs_of_products) >= BLOCK else BLOCK // 2  # a narrower matrix would be padded
+    block = BLOCK if min(inputs_of_products, default=BLOCK) >= BLOCK else BLOCK // 2  # else narrow ones are padded
     config = DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, accuracy_level=INT8_SUMS, bits=8)
     with _quiet(MatMulNBitsQuantizer.__module__):
         quantizer = MatMulNBitsQuantizer(model, algo_config=config)

@@ -10,26 +10,21 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 import tyro
-from numpy.typing import NDArray
 
-from services.nlp.preprocess import join_japanese
 from services.nlp.serving.predictors import STEP_SUFFIX, TRANSLATION, VOCABULARIES
 from services.nlp.tokenizers.vocabularies import Vocabularies
 from services.nlp.training.bleu import corpus_bleu
+from services.nlp.training.candidates import Candidate, measure_variants
 from services.nlp.training.data import load_pairs
-from services.nlp.training.evaluate import GREEDY, SERVED_SEARCH
-from services.nlp.training.graphs import EncoderGraph, StepGraph, export_encoder, export_step, step_examples
-from services.nlp.training.models.transformer import Transformer, TransformerConfig
-from services.nlp.training.offline import OnnxTranslator
+from services.nlp.training.networks import Architecture, Network, load_network
 from services.nlp.training.publishing import (
     REFERENCE,
     VARIANTS,
@@ -39,19 +34,15 @@ from services.nlp.training.publishing import (
     read_result,
     write_variants,
 )
+from services.nlp.training.translator_graphs import check_graphs, graphs_of
 from shared.artifacts import Manifest, TrainingRecord, Variant
 from shared.data.catalog import DATASETS
 from shared.errors import ConfigurationError
-from shared.training.export import MAX_BYTES, PARITY_TOLERANCE, open_session, opset_of, tensor_specs
-from shared.training.latency import Latency, measure_latencies
+from shared.training.export import opset_of, tensor_specs
 from shared.training.machine import cpu_name, spread
 
 LOG = logging.getLogger("usagi.export")
 MAX_BLEU_LOSS = 0.5
-LATENCY_SENTENCES = 60
-FLOAT32_BYTES = 4 * MAX_BYTES
-"""Of the float32 graph, which is not bundled."""
-Graph = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -88,19 +79,6 @@ class ExportConfig:
         return " ".join([*words, "--quick"] if self.quick else words)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One variant of both graphs with all that was measured on it."""
-
-    encoder: Path
-    step: Path
-    quality: dict[str, float]
-    encoder_latency: Latency
-    step_latency: Latency
-    whole_ms: tuple[float, float]
-    """50th and 95th percentile of a whole translation."""
-
-
 def export(config: ExportConfig) -> list[Path]:
     """Exports, measures, judges and publishes a run; returns the folders of the published versions.
 
@@ -110,149 +88,37 @@ def export(config: ExportConfig) -> list[Path]:
     result = read_result(config.run_folder)
     torch.set_num_threads(1)
     vocabularies = Vocabularies.from_json((config.run_folder / VOCABULARIES).read_text(encoding="utf-8"))
-    model = Transformer(TransformerConfig(**result["network"])).eval()
-    model.load_state_dict(torch.load(config.run_folder / "weights.pt", weights_only=True))
+    model = load_network(config.run_folder, result)
     with tempfile.TemporaryDirectory() as folder:
         parity = write_graphs(model, Path(folder))
         LOG.info("largest difference from PyTorch %.1e", parity)
         candidates = measure_variants(Path(folder), vocabularies)
         LOG.info("BLEU: %s", {name: candidate.quality["bleu"] for name, candidate in candidates.items()})
         shipped = choose(candidates, config.variants)
+        architecture = result.get("architecture", "transformer")
         record = training_record(
             config, result, {n: c.quality["bleu"] for n, c in candidates.items() if n not in shipped}
         )
         # the step first: serving looks for it as soon as there is an encoder
         return [
-            _publish(config, part, shipped, record, parity, vocabularies if part == "encoder" else None)
+            _publish(config, part, shipped, record, parity, vocabularies if part == "encoder" else None, architecture)
             for part in ("step", "encoder")
         ]
 
 
-def write_graphs(model: Transformer, folder: Path) -> float:
+def write_graphs(model: Network, folder: Path) -> float:
     """Writes both graphs in float32 and in every variant; returns the largest difference between float32 and PyTorch.
 
     Raises:
         ConfigurationError: it is above PARITY_TOLERANCE.
     """
-    export_encoder(model, folder / "encoder.onnx")
-    export_step(model, folder / "step.onnx", max_bytes=FLOAT32_BYTES)
+    graphs = graphs_of(model)
+    graphs.export_encoder(folder / "encoder.onnx")
+    graphs.export_step(folder / "step.onnx")
     parity = check_graphs(model, folder / "encoder.onnx", folder / "step.onnx")
     for part in ("encoder", "step"):
         write_variants(folder / f"{part}.onnx", folder, part)
     return parity
-
-
-def check_graphs(model: Transformer, encoder: Path, step: Path) -> float:
-    """Largest difference between the graphs and PyTorch, over several batch sizes and lengths.
-
-    Raises:
-        ConfigurationError: it is above PARITY_TOLERANCE; the export is wrong.
-    """
-    worst = 0.0
-    with torch.inference_mode():
-        for rows, past, length in ((1, 1, 1), (2, 7, 4), (5, 3, 12)):
-            examples = step_examples(model, rows=rows, past=past, source=length)
-            source = torch.randint(4, model.config.source_vocabulary, (rows, length))
-            source[-1, length // 2 + 1 :] = 0
-            for graph, path, inputs in (
-                (EncoderGraph(model), encoder, (source,)),
-                (StepGraph(model), step, (*examples[:3], *examples[3], *examples[4])),
-            ):
-                session = open_session(path)
-                feeds = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), inputs, strict=True)}
-                expected = graph(*((source,) if graph.__class__ is EncoderGraph else examples))
-                for one, other in zip(expected, session.run(None, feeds), strict=True):
-                    worst = max(worst, float(np.abs(one.numpy() - other).max()))
-    if not worst <= PARITY_TOLERANCE:
-        raise ConfigurationError(
-            f"the exported graphs differ from PyTorch by {worst:.2e}, at most {PARITY_TOLERANCE:.0e}"
-        )
-    return worst
-
-
-def measure_variants(folder: Path, vocabularies: Vocabularies) -> dict[str, Candidate]:
-    """BLEU on dev and times of every variant; times in turns, on one thread."""
-    paths = {name: (folder / f"encoder.{file}", folder / f"step.{file}") for name, file in VARIANTS.items()}
-    translators = {name: OnnxTranslator.open(*pair, vocabularies) for name, pair in paths.items()}
-    encoder = measure_latencies({n: _encode(t) for n, t in translators.items()}, np.zeros((1, 12), np.float32))
-    step = measure_latencies({n: _step(t) for n, t in translators.items()}, np.zeros((1, 1), np.float32))
-    whole = _whole_times(translators)
-    return {
-        name: Candidate(*paths[name], _quality(translator), encoder[name], step[name], whole[name])
-        for name, translator in translators.items()
-    }
-
-
-def _encode(translator: OnnxTranslator) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.asarray(translator.encoder.run(None, {"source": batch.astype(np.int64) + 5})[0])
-
-    return predict
-
-
-def _step(translator: OnnxTranslator) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    made: dict[int, Graph] = {}
-
-    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        feeds = made.setdefault(len(batch), _step_feeds(translator, len(batch)))
-        return np.asarray(translator.step.run(["log_probabilities"], feeds)[0])
-
-    return predict
-
-
-def _step_feeds(translator: OnnxTranslator, rows: int, length: int = 16) -> Graph:
-    """A step in the middle of sentences of the corpus' length."""
-    feeds: Graph = {}
-    for entry in translator.step.get_inputs():
-        if len(entry.shape) == 1:
-            feeds[entry.name] = np.full(rows, length - 1, np.int64)
-        else:
-            feeds[entry.name] = np.ones((rows, entry.shape[1], length, entry.shape[3]), np.float32)
-    return feeds
-
-
-def _whole_times(translators: dict[str, OnnxTranslator]) -> dict[str, tuple[float, float]]:
-    """Milliseconds of whole translations of dev sentences, 50th and 95th percentile."""
-    sentences = load_pairs("dev").english[:LATENCY_SENTENCES]
-    turn = iter(range(10**9))
-
-    def whole(translator: OnnxTranslator) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-        def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-            translator.translate([sentences[next(turn) // len(translators) % len(sentences)]], SERVED_SEARCH)
-            return batch
-
-        return predict
-
-    times = measure_latencies(
-        {name: whole(translator) for name, translator in translators.items()},
-        np.zeros((1, 1), np.float32),
-        rounds=LATENCY_SENTENCES,
-        batch_rounds=1,
-    )
-    return {name: (latency.p50_ms, latency.p95_ms) for name, latency in times.items()}
-
-
-def _quality(translator: OnnxTranslator) -> dict[str, float]:
-    dev = load_pairs("dev")
-    words = [translator.words(found) for found in translator.translate(dev.english, SERVED_SEARCH)]
-    bleu = corpus_bleu(words, dev.japanese)
-    return {
-        "bleu": bleu.score,
-        "bleu_greedy": translator.bleu(dev, GREEDY),
-        "brevity_penalty": bleu.brevity_penalty,
-        **character_scores([join_japanese(w) for w in words], [join_japanese(w) for w in dev.japanese]),
-        "test_sentences": float(len(dev)),
-    }
-
-
-def character_scores(translations: list[str], references: list[str]) -> dict[str, float]:
-    """sacreBLEU over characters and chrF of joined text, as others report them."""
-    import sacrebleu
-
-    return {
-        "sacrebleu_characters": sacrebleu.corpus_bleu(translations, [references], tokenize="char").score,
-        "chrf": sacrebleu.corpus_chrf(translations, [references]).score,
-    }
 
 
 def ships(candidate: Candidate, reference: Candidate) -> bool:
@@ -287,14 +153,20 @@ def training_record(
     return TrainingRecord(
         command=f"{result['command']} && {config.command}",
         seed=config.seed,
-        data=f"{dataset.description}; {dataset.source_url}; the train file alone, "
-        "500 pairs held back to choose the epoch; BLEU is of the dev file",
+        data=f"{dataset.description}; {dataset.source_url}; the train file alone, {_division(result)}; BLEU is of the "
+        "dev file",
         data_licence=dataset.licence,
         device=cpu_name(),
         wall_seconds=result["wall_seconds"],
         baselines={"source_copied": copied_bleu(), **(left_out or {})},
         spread={"bleu_greedy": spread([run["dev_greedy_bleu"] for run in same])} if len(same) > 1 else {},
     )
+
+
+def _division(result: dict[str, Any]) -> str:
+    if "--division report" not in result["command"]:
+        return "500 pairs held back to choose the epoch"
+    return "40,000 of its 50,000 pairs as the report divides them"
 
 
 def _recipe(run: dict[str, Any]) -> str:
@@ -314,6 +186,7 @@ def _publish(
     record: TrainingRecord,
     parity: float,
     vocabularies: Vocabularies | None,
+    architecture: Architecture,
 ) -> Path:
     paths = {name: candidate.encoder if part == "encoder" else candidate.step for name, candidate in shipped.items()}
     first = next(iter(paths))
@@ -324,7 +197,7 @@ def _publish(
         name=config.name + ("" if part == "encoder" else STEP_SUFFIX),
         version=config.version,
         task=TRANSLATION if part == "encoder" else f"{TRANSLATION}{STEP_SUFFIX}",
-        description=_DESCRIPTIONS[part],
+        description=describe_part(part, architecture),
         inputs=tensor_specs(graph.input),
         outputs=tensor_specs(graph.output),
         variants={
@@ -339,12 +212,24 @@ def _publish(
     return publish_graphs(config.root, manifest, paths, assets, bundled=not config.quick)
 
 
-_DESCRIPTIONS = {
-    "encoder": "Translates an English sentence into Japanese: Transformer with byte-pair encoding. This graph reads "
-    "the sentence; its decoder is the model of this name with `-step` behind. Times are those of a whole translation.",
-    "step": "One step of a translator's decoder, its cache outside. BLEU is that of both graphs together; times are "
-    "those of one step of one row.",
+NETWORKS: dict[Architecture, str] = {
+    "transformer": "a Transformer",
+    "gru": "two GRUs without attention, the course report's",
+    "gru-attention": "two GRUs with additive attention",
+    "gru-dot": "two GRUs with attention by dot products",
 }
+_DESCRIPTIONS = {
+    "encoder": "Translates an English sentence into Japanese: {network}. This graph reads the sentence; its decoder is "
+    "the model of this name with `-step` behind. Times are those of a whole translation.",
+    "step": "One step of a translator's decoder ({network}), its {memory} outside. BLEU is that of both graphs "
+    "together; times are those of one step of one row.",
+}
+
+
+def describe_part(part: str, architecture: Architecture) -> str:
+    """What the manifest of one of a translator's two models says of it."""
+    memory = "cache" if architecture == "transformer" else "state"
+    return _DESCRIPTIONS[part].format(network=NETWORKS[architecture], memory=memory)
 
 
 def _variant(part: str, name: str, path: Path, candidate: Candidate, parity: float | None) -> Variant:

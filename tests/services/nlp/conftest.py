@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from services.nlp.tokenizers.vocabularies import Vocabularies
-from services.nlp.training import evaluate, export, train, validation
+from services.nlp.training import candidates, evaluate, export, train, validation
 from services.nlp.training.data import Pairs
 from services.nlp.training.models.transformer import Transformer, TransformerConfig
 from shared.data.locate import locate
@@ -62,10 +62,10 @@ def toy_corpus():
     patch = pytest.MonkeyPatch()
     whole = made_up_pairs()
     patch.setattr(train, "divide", lambda division: (whole.take(range(64)), whole.take(range(64, 82))))
-    for module in (train, export, evaluate):
+    for module in (train, export, candidates, evaluate):
         patch.setattr(module, "load_pairs", lambda part: whole.take(range(82, 100)))
     patch.setattr(validation, "MAX_PIECES", 15)
-    patch.setattr(export, "LATENCY_SENTENCES", 6)
+    patch.setattr(candidates, "LATENCY_SENTENCES", 6)
     patch.setattr(export, "MAX_BLEU_LOSS", 100.0)  # of so few sentences BLEU says nothing: every variant ships
     threads = torch.get_num_threads()
     yield whole
@@ -92,14 +92,14 @@ def chain(toy_corpus, tmp_path_factory):
         return parities[0]
 
     patch.setattr(export, "write_graphs", write_and_keep)
-    measure = export.measure_latencies
+    measure = candidates.measure_latencies
 
     def measure_with_room(*arguments, **options):
         """What batch is best depends on what else the machine does; tests count on room for several searches."""
         measured = measure(*arguments, **options)
         return {name: dataclasses.replace(latency, max_batch=32) for name, latency in measured.items()}
 
-    patch.setattr(export, "measure_latencies", measure_with_room)
+    patch.setattr(candidates, "measure_latencies", measure_with_room)
     logging.disable(logging.WARNING)
     try:
         arguments = f"--name toy --runs {folder / 'runs'} --root {folder / 'models'}".split()

@@ -9,10 +9,11 @@ from services.nlp.serving.decoding import DecodingBatch
 from services.nlp.serving.search import SearchSettings
 from services.nlp.tokenizers.special import BOS, EOS, PAD
 from services.nlp.training.decode import greedy
-from services.nlp.training.export import VARIANTS, check_graphs
+from services.nlp.training.export import VARIANTS
 from services.nlp.training.graphs import EncoderGraph, StepGraph, cache_names, step_examples
 from services.nlp.training.models.transformer import Transformer
 from services.nlp.training.offline import OnnxTranslator
+from services.nlp.training.translator_graphs import check_graphs
 from shared.errors import ConfigurationError
 
 
