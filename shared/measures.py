@@ -33,6 +33,8 @@ MEASURES: Mapping[str, Measure] = {
     measure.name: measure
     for measure in (
         Measure("accuracy", digits=4),
+        Measure("exact_match", digits=4, margin=0.002),
+        Measure("five_shot_accuracy", digits=4, margin=0.005),
         Measure("bleu", digits=2, margin=0.1),
         Measure("nats", digits=3, higher_is_better=False, margin=0.005),
     )

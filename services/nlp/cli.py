@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from usagi.nlp.v1 import nlp_service_pb2 as pb
 
-from services.nlp.picture import draw_attention
+from services.nlp.picture import draw_attention, draw_probabilities, ground
 from shared.artifacts import write_atomically
 from shared.client.cli import add_connection_options, connect
 from shared.client.nlp import GenerateOptions, NlpClient, TranslateOptions
@@ -56,7 +56,7 @@ def _add_generate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Continues a prompt with a language model and prints the text as it is written.",
     )
     generate.add_argument("prompt", metavar="PROMPT", help="what the text begins with, in quotes")
-    generate.add_argument("--model", default="", help="model name (default: the service's default language model)")
+    _add_model(generate)
     generate.add_argument("--version", default="", help="model version (default: the newest)")
     generate.add_argument("--variant", default="", help="fp16, int8 ... (default: auto, the fastest within budget)")
     generate.add_argument("--max-tokens", type=int, help="tokens to write at most (default: 200)")
@@ -76,9 +76,24 @@ def _add_score(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Prints a text with its improbable tokens in colour, and its perplexity.",
     )
     score.add_argument("text", metavar="TEXT", help="in quotes")
-    score.add_argument("--model", default="", help="model name (default: the service's default language model)")
+    _add_model(score)
+    score.add_argument("--picture", type=Path, metavar="SVG", help="draw the text in the same colours")
     add_connection_options(score)
     score.set_defaults(command=_score)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="",
+        type=_language_model,
+        help="model name; one without a hyphen is short for NAME-gpt: soseki, shakespeare, adder (default: the "
+        "service's default language model)",
+    )
+
+
+def _language_model(name: str) -> str:
+    return f"{name}-gpt" if name and "-" not in name else name
 
 
 def _translate(options: argparse.Namespace) -> int:
@@ -149,12 +164,14 @@ def _generate(options: argparse.Namespace) -> int:
 def _score(options: argparse.Namespace) -> int:
     with connect(options) as connection:
         answer = NlpClient(connection).score(options.text, model=options.model)
+    if options.picture:
+        write_atomically(options.picture, draw_probabilities(answer))
     if options.json:
         print(_json(answer))
         return 0
     text = Text()
     for token in answer.tokens:
-        text.append(token.text, style=_style(token.log_probability))
+        text.append(token.text, style="black on rgb({},{},{})".format(*ground(token.log_probability)))
     console = Console()
     console.print(text)
     console.print(
@@ -167,12 +184,6 @@ def _score(options: argparse.Namespace) -> int:
 
 def _json(answer: Message) -> str:
     return json.dumps(json_format.MessageToDict(answer, preserving_proto_field_name=True), ensure_ascii=False)
-
-
-def _style(log_probability: float) -> str:
-    """A colour from green (certain) over yellow to red (one in fifty)."""
-    surprise = min(1.0, -log_probability / 4)
-    return f"rgb({round(255 * min(1, 2 * surprise))},{round(200 * min(1, 2 - 2 * surprise))},60)"
 
 
 def _table() -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,9 +47,15 @@ def _interface(manifest: Manifest) -> str:
     if manifest.labels:
         lines.append(f"- Labels, in order: {', '.join(manifest.labels)}.")
     if manifest.preprocessing:
-        parameters = ", ".join(f"{name} {value}" for name, value in manifest.preprocessing.items())
+        parameters = ", ".join(f"{name} {_parameter(value)}" for name, value in manifest.preprocessing.items())
         lines.append(f"- Preprocessing: {parameters}.")
     return "\n".join(lines)
+
+
+def _parameter(value: object) -> str:
+    """The value; as code where blanks or signs would not be seen or would be taken for Markdown."""
+    text = str(value)
+    return text if not isinstance(value, str) or re.fullmatch(r"[\w.-]+", text) else f"`{text!r}`"
 
 
 def _variants(manifest: Manifest) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 
 from services.nlp.serving.config import NlpConfig
 from services.nlp.serving.decoding import NEW, DecodingLoops, Start, StepRun
+from services.nlp.serving.habits import DEFAULT_TEMPERATURE, ModelHabits
 from services.nlp.serving.sampling import FIRST_PIECE, Sampler, SamplingSettings, StopStrings
 from services.nlp.serving.search import Floats, Next
 from services.nlp.tokenizers.texts import TextTokenizer, read_text_tokenizer
@@ -33,7 +34,6 @@ VOCABULARY = "vocabulary.json"
 """The asset of a language model that holds its characters or pieces."""
 DEFAULT_TOKENS, MAX_TOKENS, MAX_ALTERNATIVES, MAX_STOPS, MAX_STOP_CHARACTERS = 200, 2000, 10, 8, 64
 MAX_TEMPERATURE, MAX_TOP_K = 5.0, 10_000
-DEFAULT_TEMPERATURE = 0.8
 
 Finish = Literal["length", "stop"]
 
@@ -55,11 +55,10 @@ class GenerateQuery:
     alternatives: int = 0
     deadline: float = float("inf")
 
-    @property
-    def sampling(self) -> SamplingSettings:
-        """How to choose tokens; without a seed the clock gives one."""
+    def sampling(self, temperature: float = DEFAULT_TEMPERATURE) -> SamplingSettings:
+        """How to choose tokens, with a temperature for those who ask for none; without a seed the clock gives one."""
         return SamplingSettings(
-            temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
+            temperature=temperature if self.temperature is None else self.temperature,
             top_k=self.top_k or 0,
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=time.time_ns() if self.seed is None else self.seed,
@@ -269,9 +268,12 @@ class _Writing:
     def __init__(self, generator: TextGenerator, query: GenerateQuery, name: str, served: Served) -> None:
         self._generator, self._query, self._name, self._served = generator, query, name, served
         self._tokenizer, self._context = generator.tokenizer(served), context_of(served)
-        self._settings = query.sampling
+        self._habits = ModelHabits.of(served.manifest)
+        self._habits.check(query.prompt, name)
+        self._settings = query.sampling(self._habits.temperature)
         self._sampler = Sampler(self._settings)
-        self._stops = StopStrings(query.stop)
+        self._stops = StopStrings((*query.stop, self._habits.stop) if self._habits.stop else query.stop)
+        self._kept = ""
         self._most = DEFAULT_TOKENS if query.max_tokens is None else query.max_tokens
         self._tokens = 0
         self._batch_size = 1
@@ -291,7 +293,7 @@ class _Writing:
                     ids.append(token)
                     self._tokens += 1
                     shown, stopped = self._stops.feed(self._tokenizer.pieces[token])
-                    yield self._item(shown, token, log_probabilities)
+                    yield self._item(self._showable(shown), token, log_probabilities)
                     if stopped:
                         break
         yield self._summary("stop" if stopped else "length")
@@ -348,9 +350,17 @@ class _Writing:
             tuple(Scored(pieces[index], float(log_probabilities[index])) for index in best),
         )
 
+    def _showable(self, text: str) -> str:
+        """What may be shown of new text now: nothing if its end comes first."""
+        if not self._habits.reversed:
+            return text
+        self._kept += text
+        return ""
+
     def _summary(self, finish: Finish) -> GenerationSummary:
+        tail = self._showable("" if finish == "stop" else self._stops.flush())
         return GenerationSummary(
-            tail="" if finish == "stop" else self._stops.flush(),
+            tail=tail + self._kept[::-1],
             finish=finish,
             tokens=self._tokens,
             seed=self._settings.seed,

@@ -21,8 +21,9 @@ from services.nlp.serving.search import SearchSettings
 from services.nlp.tokenizers.texts import read_text_tokenizer
 from services.nlp.tokenizers.vocabularies import Vocabularies
 from services.nlp.training.data import load_pairs
-from services.nlp.training.offline import OnnxTranslator, onnx_held_out_loss
+from services.nlp.training.offline import OnnxTranslator, onnx_held_out_loss, onnx_predictor
 from services.nlp.training.publishing import CARDS
+from services.nlp.training.tasks import TASKS
 from services.nlp.training.texts import held_back_text
 from shared.artifacts import (
     MANIFEST_NAME,
@@ -101,8 +102,11 @@ def _encoders_claim(folder: Path, manifest: Manifest, name: str) -> float:
     return encoder.variants[name].metrics[manifest.measure]
 
 
-def _nats(folder: Path, manifest: Manifest, name: str) -> float:
-    """Nats a character of a variant of a language model, on the held-back part of its text."""
+def _language(folder: Path, manifest: Manifest, name: str) -> float:
+    """Of a task its measure on what is held back; else nats a character on the held-back part of the text."""
+    if "task" in manifest.preprocessing:
+        session = open_session(verify_variant(folder, manifest.variants[name]))
+        return TASKS[manifest.preprocessing["task"]]().evaluate(onnx_predictor(session))[manifest.measure]
     tokenizer = read_text_tokenizer(read_assets(folder, manifest)[VOCABULARY].decode())
     held = held_back_text(str(manifest.preprocessing["text"]))
     session = open_session(verify_variant(folder, manifest.variants[name]))
@@ -112,7 +116,7 @@ def _nats(folder: Path, manifest: Manifest, name: str) -> float:
 _MEASUREMENTS = {
     TRANSLATION: _bleu,
     TRANSLATION + STEP_SUFFIX: _encoders_claim,
-    GENERATION: _nats,
+    GENERATION: _language,
 }
 
 

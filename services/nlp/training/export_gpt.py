@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 import tyro
 from numpy.typing import NDArray
@@ -36,6 +38,7 @@ from services.nlp.training.train_gpt import model_name
 from shared.artifacts import Manifest, TrainingRecord
 from shared.data.catalog import DATASETS
 from shared.errors import ConfigurationError
+from shared.measures import measure_named
 from shared.training.export import PARITY_TOLERANCE, open_session, opset_of, tensor_specs
 from shared.training.latency import measure_latencies
 from shared.training.machine import cpu_name, spread
@@ -82,6 +85,25 @@ class ExportGptConfig:
         return " ".join([*words, "--quick"] if self.quick else words)
 
 
+@dataclass(frozen=True)
+class GptRelease:
+    """What is particular to one language model: all of its manifest that its network does not tell.
+
+    Attributes:
+        measure_variant: the metrics of an open graph, `measure` among them.
+        margin: by how much a variant may be worse than `fp16`.
+    """
+
+    name: str
+    version: int
+    description: str
+    preprocessing: Mapping[str, Any]
+    measure: str
+    measure_variant: Callable[[ort.InferenceSession], dict[str, float]]
+    margin: float
+    training: TrainingRecord
+
+
 def export(config: ExportGptConfig) -> Path:
     """Exports, measures, judges and publishes a run; returns the folder of the published version.
 
@@ -89,18 +111,51 @@ def export(config: ExportGptConfig) -> Path:
         ConfigurationError: the run is not finished, or the export differs from PyTorch.
     """
     result = read_result(config.run_folder)
-    torch.set_num_threads(1)
     vocabulary = (config.run_folder / VOCABULARY).read_text(encoding="utf-8")
+    model = load_model(config.run_folder, result)
+    tokenizer, held, context = read_text_tokenizer(vocabulary), held_back_text(config.text), model.config.context
+    unit = "pieces" if config.pieces else "characters"
+
+    def measure_variant(session: ort.InferenceSession) -> dict[str, float]:
+        nats = onnx_held_out_loss(session, tokenizer, held, context)
+        return {"nats": nats, "perplexity": float(np.exp(nats)), "held_back_characters": float(len(held))}
+
+    size = f"{model.config.layers} layers of {model.config.width}, {context} {unit} in sight"
+    release = GptRelease(
+        name=config.name,
+        version=config.version,
+        description=f"Continues text as {TEXTS[config.text].title} would: GPT over {unit}, {size}. "
+        "Times are those of one step of one row.",
+        preprocessing={"context": context, "text": config.text},
+        measure="nats",
+        measure_variant=measure_variant,
+        margin=MAX_RISE,
+        training=_record(config, result),
+    )
+    return publish_gpt(release, model, vocabulary, config.root, bundled=not config.quick)
+
+
+def load_model(folder: Path, result: Mapping[str, Any]) -> Gpt:
+    """The network of a finished run."""
+    torch.set_num_threads(1)
     model = Gpt(GptConfig(**result["network"])).eval()
-    model.load_state_dict(torch.load(config.run_folder / "weights.pt", weights_only=True))
+    model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+    return model
+
+
+def publish_gpt(release: GptRelease, model: Gpt, vocabulary: str, root: Path, *, bundled: bool) -> Path:
+    """Exports a network, measures and judges its variants, and publishes those that pass.
+
+    Raises:
+        ConfigurationError: the export differs from PyTorch.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "gpt.onnx"
         export_gpt(model, source)
         parity = check_gpt(model, source)
         paths = write_variants(source, Path(folder), "gpt")
-        manifest = _manifest(config, result, model, paths, vocabulary, parity)
-        assets = {VOCABULARY: vocabulary.encode()}
-        return publish_graphs(config.root, manifest, paths, assets, bundled=not config.quick)
+        manifest = _manifest(release, model, paths, vocabulary, parity)
+        return publish_graphs(root, manifest, paths, {VOCABULARY: vocabulary.encode()}, bundled=bundled)
 
 
 def check_gpt(model: Gpt, path: Path) -> float:
@@ -124,49 +179,40 @@ def check_gpt(model: Gpt, path: Path) -> float:
     return worst
 
 
-def _manifest(
-    config: ExportGptConfig,
-    result: dict[str, Any],
-    model: Gpt,
-    paths: dict[str, Path],
-    vocabulary: str,
-    parity: float,
-) -> Manifest:
-    tokenizer, held, context = read_text_tokenizer(vocabulary), held_back_text(config.text), model.config.context
+def _manifest(release: GptRelease, model: Gpt, paths: Mapping[str, Path], vocabulary: str, parity: float) -> Manifest:
     sessions = {name: open_session(path) for name, path in paths.items()}
-    nats = {name: onnx_held_out_loss(session, tokenizer, held, context) for name, session in sessions.items()}
+    measured = {name: release.measure_variant(session) for name, session in sessions.items()}
     latencies = measure_latencies(
-        {name: _step(session, context // 2) for name, session in sessions.items()}, np.zeros((1, 1), np.float32)
+        {name: _step(session, model.config.context // 2) for name, session in sessions.items()},
+        np.zeros((1, 1), np.float32),
     )
-    LOG.info("nats a character: %s", nats)
-    shipped = [name for name in paths if nats[name] <= nats[REFERENCE] + MAX_RISE]
+    LOG.info("%s: %s", release.name, measured)
+    measure = measure_named(release.measure)
+    reference = measured[REFERENCE][measure.name]
+    shipped = [name for name in paths if measure.loss(reference, measured[name][measure.name]) <= release.margin]
     graph = onnx.load(str(paths[REFERENCE])).graph
-    title, read = TEXTS[config.text].title, f"{len(tokenizer)} pieces" if config.pieces else "characters"
     metrics = {
         name: {
-            "nats": nats[name],
-            "perplexity": float(np.exp(nats[name])),
+            **measured[name],
             "latency_p50_ms": latencies[name].p50_ms,
             "latency_p95_ms": latencies[name].p95_ms,
-            "held_back_characters": float(len(held)),
             **({"parity_max_abs_diff": parity} if name == REFERENCE else {}),
         }
         for name in shipped
     }
     return Manifest(
         service="nlp",
-        name=config.name,
-        version=config.version,
+        name=release.name,
+        version=release.version,
         task=GENERATION,
-        description=f"Continues text as {title} would: GPT over {read}, {model.config.layers} layers of "
-        f"{model.config.width}, {context} of them in sight. Times are those of one step of one row.",
+        description=release.description,
         inputs=tensor_specs(graph.input),
         outputs=tensor_specs(graph.output),
         variants={name: describe(name, paths[name], metrics[name], latencies[name]) for name in shipped},
-        preprocessing={"context": context, "text": config.text},
+        preprocessing=release.preprocessing,
         opset=opset_of(paths[REFERENCE]),
-        training=_record(config, result),
-        measure="nats",
+        training=release.training,
+        measure=release.measure,
         assets={VOCABULARY: asset(vocabulary.encode())},
     )
 

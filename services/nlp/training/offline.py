@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from services.nlp.serving.decoding import Decoding, DecodingBatch
 from services.nlp.serving.predictors import padded
+from services.nlp.serving.sampling import FIRST_PIECE
 from services.nlp.serving.search import BeamSearch, Found, SearchSettings
 from services.nlp.tokenizers.special import EOS, SPECIAL_PIECES
 from services.nlp.tokenizers.texts import TextTokenizer
@@ -91,6 +92,17 @@ def onnx_held_out_loss(
         total -= float(chosen.sum(dtype=np.float64))
         count += int(lengths[rows[:, 1 + half :]].sum())
     return total / count
+
+
+def onnx_predictor(session: ort.InferenceSession) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
+    """What greedy search would write after each token of `[B, T]`."""
+
+    def predict(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        log_probabilities = session.run(["log_probabilities"], reading_feeds(session, tokens))[0]
+        found: NDArray[np.int64] = FIRST_PIECE + log_probabilities[..., FIRST_PIECE:].argmax(-1)
+        return found
+
+    return predict
 
 
 def reading_feeds(session: ort.InferenceSession, tokens: NDArray[np.int64]) -> dict[str, NDArray[Any]]:

@@ -41,13 +41,17 @@ class Task(ABC):
     """A task: its characters, rows to learn from, and rows that are held back."""
 
     title: str
+    description: str
+    """For the model's card."""
     characters: str
     context: int
     """Length of the longest row."""
     measure: str
     """The measure of shared/measures.py that `evaluate` returns first."""
+    least: float
+    """What a model must reach to be published."""
     serving: ClassVar[Mapping[str, Any]]
-    """What the server should know: `stop` ends an answer, `reversed` means that it is written from its end."""
+    """What the server should know: see ModelHabits in serving/generator.py."""
 
     @property
     def tokenizer(self) -> CharacterTokenizer:
@@ -83,10 +87,18 @@ class Addition(Task):
     since a carry is known only from the digits behind it. Held back is a fifth of the pairs, in both orders."""
 
     title = "addition of numbers up to 99"
+    description = "Adds two numbers up to 99, digit by digit from the end: `12+34=` goes on with `46`."
     characters = "0123456789+=\n"
     context = 10
     measure = "exact_match"
-    serving: ClassVar = {"stop": "\n", "reversed": True}
+    least = 0.99
+    serving: ClassVar = {
+        "stop": "\n",
+        "reversed": True,
+        "temperature": 0.0,
+        "pattern": r"[0-9]{1,2}\+[0-9]{1,2}=",
+        "example": "12+34=",
+    }
 
     def __init__(self) -> None:
         pairs = list(itertools.combinations_with_replacement(range(100), 2))
@@ -139,13 +151,24 @@ class Permutations(Task):
     """
 
     title = "permutations given by examples"
+    description = (
+        "Applies a function that only the prompt tells: in `ad bf ce a` the examples say that a becomes d. The "
+        "functions are permutations of six letters, those of the test were in no training."
+    )
     letters = "abcdef"
     characters = letters + " "
-    pairs = 21
+    pairs = 13
     context = 3 * pairs
     measure = "five_shot_accuracy"
-    serving: ClassVar = {"stop": " "}
-    shots = (0, 1, 2, 5, 10, 20)
+    least = 0.66
+    """Five examples can tell 0.765; one who only repeats what was seen, and else guesses, has 0.665."""
+    serving: ClassVar = {
+        "stop": " ",
+        "temperature": 0.0,
+        "pattern": "(?:[a-f][a-f] ){0,12}[a-f]",
+        "example": "ad bf ce a",
+    }
+    shots = (0, 1, 2, 5, 8, 12)
     rows_each = 40
     """Held-back rows of each held-back permutation."""
 

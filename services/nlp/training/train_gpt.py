@@ -52,6 +52,8 @@ class TrainGptConfig:
     """Of initialisation, windows and dropout."""
     epochs: int = 14
     """Times 250 steps."""
+    last_epoch: int | None = None
+    """Stop after so many of them, where time is short; without it the same command goes on from there."""
     learning_rate: float = 3e-3
     """Peak of the schedule."""
     batch: int = 16
@@ -220,7 +222,8 @@ def train(config: TrainGptConfig) -> dict[str, object]:
         LossValidator(held, config.context),
         config.fit,
         config.folder,
-        fingerprint=config.command,
+        last_epoch=config.last_epoch,
+        fingerprint=dataclasses.replace(config, last_epoch=None).command,
     ).run()
     result = {
         "command": config.command,

@@ -55,6 +55,8 @@ class TrainTaskConfig:
     """Of the network."""
     heads: int = 4
     """Of each attention."""
+    embedding_std: float = 0.02
+    """Of embeddings at the start: larger ones tell places and letters apart, which finding examples needs."""
     threads: int = 1
     """CPU threads."""
     runs: Path = Path("runs")
@@ -131,7 +133,9 @@ def train(config: TrainTaskConfig) -> dict[str, object]:
     tokenizer = task.tokenizer
     write_atomically(config.folder / "vocabulary.json", tokenizer.to_json())
     seed_everything(config.seed)
-    sizes = GptConfig(len(tokenizer), task.context, config.width, config.layers, config.heads)
+    sizes = GptConfig(
+        len(tokenizer), task.context, config.width, config.layers, config.heads, embedding_std=config.embedding_std
+    )
     model = Gpt(sizes)
     fitted = Fit(
         model,

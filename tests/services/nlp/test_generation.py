@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import grpc
@@ -16,6 +17,7 @@ from services.nlp.serving.config import NlpConfig
 from services.nlp.tokenizers.characters import CharacterTokenizer
 from services.nlp.training.offline import reading_feeds
 from shared.artifacts import read_manifest
+from shared.client.cli import main
 from shared.client.connection import CallFailed, Connection
 from shared.client.nlp import GenerateOptions, NlpClient
 from shared.testing.server import running_server
@@ -227,3 +229,57 @@ def test_a_translator_writes_no_text(client):
     with pytest.raises(CallFailed) as caught:
         list(client.generate("a", GenerateOptions(model="enja-transformer")))
     assert caught.value.code == "FAILED_PRECONDITION"
+
+
+class TestAdder:
+    """A model with habits of its own: it writes from the end, stops by itself, and knows what it can be asked."""
+
+    def test_it_adds(self, client):
+        *answers, last = client.generate("12+34=", GenerateOptions(model="adder-gpt"))
+        assert [answer.token.text for answer in answers] == ["6", "4", "\n"], "units first, and the end"
+        assert [answer.text for answer in answers] == ["", "", ""], "nothing can be shown before the last digit"
+        assert (last.text, last.finish_reason, last.tokens) == ("46", pb.FINISH_REASON_STOP, 3)
+
+    @pytest.mark.parametrize("variant", ["fp16", "int8"])
+    def test_sums_of_all_lengths(self, client, variant):
+        for one, other in ((0, 0), (7, 5), (9, 90), (99, 1), (99, 99), (58, 67)):
+            options = GenerateOptions(model="adder-gpt", variant=variant)
+            assert written(client.generate(f"{one}+{other}=", options)) == str(one + other)
+
+    def test_what_was_written_is_shown_even_if_it_is_cut_off(self, client):
+        *_, last = client.generate("99+99=", GenerateOptions(model="adder-gpt", max_tokens=2))
+        assert (last.text, last.finish_reason) == ("98", pb.FINISH_REASON_LENGTH)
+
+    @pytest.mark.parametrize("prompt", ["12+34", "123+4=", "a+b=", "12 + 34=", "12+34=4", "1+1=\n", "１+2="])
+    def test_another_prompt_is_refused_with_an_example(self, client, prompt):
+        with pytest.raises(CallFailed) as caught:
+            list(client.generate(prompt, GenerateOptions(model="adder-gpt")))
+        assert (caught.value.code, caught.value.reason) == ("INVALID_ARGUMENT", "PROMPT_NOT_UNDERSTOOD")
+        assert "12+34=" in caught.value.fields["prompt"]
+
+
+class TestCommand:
+    """`usagi nlp` against the service itself."""
+
+    @staticmethod
+    def run(server, capsys, *words):
+        with pytest.raises(SystemExit) as ended:
+            main(["nlp", *words, "--target", server.address])
+        assert not ended.value.code, ended.value.code
+        return capsys.readouterr().out
+
+    def test_a_short_name_is_a_language_models(self, server, capsys):
+        assert self.run(server, capsys, "generate", "--model", "adder", "58+67=") == "58+67=125\n"
+        assert self.run(server, capsys, "generate", "--model", "adder-gpt", "58+67=") == "58+67=125\n"
+
+    def test_score_draws_the_text(self, server, capsys, tmp_path):
+        picture = tmp_path / "text.svg"
+        text = "ROMEO:\nBut soft!"
+        said = self.run(server, capsys, "score", text, "--model", "shakespeare", "--picture", str(picture))
+        assert "perplexity" in said
+        drawn = [
+            element.text
+            for element in ET.fromstring(picture.read_text(encoding="utf-8")).iter()
+            if element.tag.endswith("}text")
+        ]
+        assert "".join(part or " " for part in drawn[1:]).replace("\u21b5", "\n") == text

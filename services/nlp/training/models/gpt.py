@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from services.nlp.training.models.attention import MultiHeadAttention, causal_mask
 from services.nlp.training.models.dropout import Dropout
 
+EMBEDDING_STD = 0.02
+"""As in GPT-2."""
+
 
 @dataclass(frozen=True)
 class GptConfig:
@@ -28,6 +31,8 @@ class GptConfig:
     layers: int = 4
     heads: int = 4
     dropout: float = 0.0
+    embedding_std: float = EMBEDDING_STD
+    """Of tokens and positions at the start."""
 
 
 class Block(nn.Module):
@@ -81,6 +86,9 @@ class Gpt(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("attention.output.weight", "feed_forward.2.weight")):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.layers))
+        if config.embedding_std != EMBEDDING_STD:
+            for embedding in (self.tokens, self.positions):
+                nn.init.normal_(embedding.weight, std=config.embedding_std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`[B, T]` → logits `[B, T, V]` of what follows each position; T is at most the context."""
