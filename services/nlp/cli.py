@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from usagi.nlp.v1 import nlp_service_pb2 as pb
 
+from services.nlp.cli_reading import add_reading_commands
 from services.nlp.picture import draw_attention, draw_probabilities, ground
 from shared.artifacts import write_atomically
 from shared.client.cli import add_connection_options, connect
@@ -24,7 +25,7 @@ from shared.errors import InvalidInput
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `usagi nlp`."""
-    parser = commands.add_parser("nlp", help="translate, continue and score text")
+    parser = commands.add_parser("nlp", help="translate, continue, score and read text")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     translate = verbs.add_parser(
         "translate",
@@ -47,6 +48,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     translate.set_defaults(command=_translate)
     _add_generate(verbs)
     _add_score(verbs)
+    add_reading_commands(verbs)
 
 
 def _add_generate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,5 +1,5 @@
-"""Where a translation looked, and how probable a text is, as SVG: whoever shows it has fonts for Japanese, which this
-machine need not have."""
+"""Where a translation looked, how probable a text is, what may stand in a gap, as SVG: whoever shows it has fonts for
+Japanese, which this machine need not have."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from html import escape
 from usagi.nlp.v1 import nlp_service_pb2 as pb
 
 CELL, LEFT, TOP, MARGIN = 34, 130, 110, 16
+WIDTH, BAR = 640, 22
 FONT = "font-family='Noto Sans CJK JP, Hiragino Sans, Yu Gothic, sans-serif' font-size='14' fill='#282828'"
 
 
@@ -35,6 +36,30 @@ def draw_attention(hypothesis: pb.Hypothesis) -> str:
                 f"<rect x='{LEFT + CELL * column}' y='{y}' width='{CELL - 2}' height='{CELL - 2}' "
                 f"fill='rgb({shade},{(shade + 255) // 2},255)'><title>{weight:.2f}</title></rect>"
             )
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def draw_gaps(answer: pb.FillMaskResponse) -> str:
+    """An SVG of what may stand in each gap: a bar for each candidate, as long as it is probable."""
+    rows = sum(len(gap.candidates) + 1 for gap in answer.gaps)
+    height = MARGIN * 2 + BAR * (rows + 1)
+    pieces = " ".join(piece for piece in answer.pieces if piece not in ("[CLS]", "[SEP]"))
+    parts = [
+        f"<svg xmlns='http://www.w3.org/2000/svg' width='{WIDTH}' height='{height}' viewBox='0 0 {WIDTH} {height}'>",
+        f"<rect width='{WIDTH}' height='{height}' fill='white'/>",
+        f"<text {FONT} x='{MARGIN}' y='{MARGIN + 12}'>{escape(pieces)}</text>",
+    ]
+    y = MARGIN + BAR
+    for gap in answer.gaps:
+        for candidate in gap.candidates:
+            y += BAR
+            length = round((WIDTH - LEFT - 5 * MARGIN) * candidate.probability)
+            parts += [
+                f"<text {FONT} x='{LEFT - 10}' y='{y}' text-anchor='end'>{escape(candidate.piece)}</text>",
+                f"<rect x='{LEFT}' y='{y - 14}' width='{max(1, length)}' height='{BAR - 4}' fill='rgb(70,130,200)'/>",
+                f"<text {FONT} x='{LEFT + length + 8}' y='{y}'>{candidate.probability:.2f}</text>",
+            ]
+        y += BAR
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -22,6 +22,17 @@ _WORD = re.compile(
     re.VERBOSE,
 )
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "“": "''", "”": "''", '"': "''", "´": "'", "`": "'"})
+_IDEOGRAPHS = (
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF),
+    (0x2F800, 0x2FA1F),
+)
+"""Chinese characters, each a word to BERT."""
 _ABBREVIATIONS = frozenset({"mr", "mrs", "ms", "dr", "st"})
 
 
@@ -35,6 +46,13 @@ def split_english(text: str) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+def split_bert(text: str) -> list[str]:
+    """The words of a text as BERT's own uncased tokenizer cuts it: lower case, accents gone, every sign by itself."""
+    cleaned = "".join(f" {c} " if _is_ideograph(c) else _cleaned(c) for c in text)
+    plain = "".join(c for c in unicodedata.normalize("NFD", cleaned.lower()) if unicodedata.category(c) != "Mn")
+    return "".join(f" {c} " if _is_punctuation(c) else c for c in plain).split()
 
 
 def join_japanese(words: Sequence[str]) -> str:
@@ -57,3 +75,22 @@ def _visible(character: str) -> str:
 
 def _is_latin(character: str) -> bool:
     return character.isascii() and character.isalnum()
+
+
+def _cleaned(character: str) -> str:
+    """As BERT cleans text: white space becomes a space, and what controls, formats or stands for no character goes."""
+    category = unicodedata.category(character)
+    if character in "\t\n\r" or category == "Zs":
+        return " "
+    return "" if category.startswith("C") or character in "\x00\ufffd" else character
+
+
+def _is_ideograph(character: str) -> bool:
+    code = ord(character)
+    return any(first <= code <= last for first, last in _IDEOGRAPHS)
+
+
+def _is_punctuation(character: str) -> bool:
+    """All signs of ASCII, `$` and `^` among them, and what Unicode calls punctuation."""
+    sign = character.isascii() and character.isprintable() and not character.isalnum() and character != " "
+    return sign or unicodedata.category(character).startswith("P")

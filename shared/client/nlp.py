@@ -99,3 +99,31 @@ class NlpClient:
         """Says how probable a text is, token by token; raises CallFailed."""
         request = pb.ScoreTextRequest(text=text, model=model, version=version, variant=variant)
         return self._connection.call(self._stub.ScoreText, request, timeout=timeout)
+
+    def fill_mask(
+        self, text: str, *, model: str = "", variant: str = "", top_k: int | None = None, timeout: float | None = None
+    ) -> pb.FillMaskResponse:
+        """Says what may stand in the place of each `[MASK]` of a text; raises CallFailed."""
+        request = pb.FillMaskRequest(text=text, model=model, variant=variant, top_k=top_k)
+        return self._connection.call(self._stub.FillMask, request, timeout=timeout)
+
+    def embed(
+        self, text: str, *, model: str = "", variant: str = "", timeout: float | None = None
+    ) -> pb.EmbedTextResponse:
+        """Turns a text into a vector of length 1; raises CallFailed."""
+        request = pb.EmbedTextRequest(text=text, model=model, variant=variant)
+        return self._connection.call(self._stub.EmbedText, request, timeout=timeout)
+
+    def classify(
+        self, text: str, *, model: str = "", variant: str = "", top_k: int | None = None, timeout: float | None = None
+    ) -> pb.ClassifyTextResponse:
+        """Says what kind of text a text is; raises CallFailed."""
+        request = pb.ClassifyTextRequest(text=text, model=model, variant=variant, top_k=top_k)
+        return self._connection.call(self._stub.ClassifyText, request, timeout=timeout)
+
+    def next_sentence(
+        self, first: str, second: str, *, model: str = "", variant: str = "", timeout: float | None = None
+    ) -> pb.NextSentenceResponse:
+        """Says how probable it is that one text follows another; raises CallFailed."""
+        request = pb.NextSentenceRequest(first=first, second=second, model=model, variant=variant)
+        return self._connection.call(self._stub.NextSentence, request, timeout=timeout)

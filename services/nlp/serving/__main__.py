@@ -9,6 +9,7 @@ from typing import Any
 from usagi.nlp.v1 import nlp_service_pb2_grpc as pb_grpc
 
 from services.nlp.serving.config import NlpConfig
+from services.nlp.serving.encoding import TextEncoder
 from services.nlp.serving.generator import TextGenerator
 from services.nlp.serving.predictors import Translator
 from services.nlp.serving.servicer import NlpServicer
@@ -24,7 +25,7 @@ def registration(config: NlpConfig) -> Register:
     """What adds the nlp servicer to a server."""
 
     def register(engine: Engine, server: Any) -> Sequence[str]:
-        servicer = NlpServicer(Translator(engine, config), TextGenerator(engine, config))
+        servicer = NlpServicer(Translator(engine, config), TextGenerator(engine, config), TextEncoder(engine, config))
         pb_grpc.add_NlpServiceServicer_to_server(servicer, server)
         return ["usagi.nlp.v1.NlpService"]
 

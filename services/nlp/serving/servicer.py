@@ -11,6 +11,7 @@ from usagi.model.v1 import model_service_pb2 as model_pb
 from usagi.nlp.v1 import nlp_service_pb2 as pb
 from usagi.nlp.v1 import nlp_service_pb2_grpc as pb_grpc
 
+from services.nlp.serving.encoding import Encoded, ModelChoice, TextEncoder
 from services.nlp.serving.generator import (
     GeneratedToken,
     GenerateQuery,
@@ -29,8 +30,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class NlpServicer(pb_grpc.NlpServiceServicer):
     """Answers questions about text."""
 
-    def __init__(self, translator: Translator, generator: TextGenerator) -> None:
-        self._translator, self._generator = translator, generator
+    def __init__(self, translator: Translator, generator: TextGenerator, encoder: TextEncoder) -> None:
+        self._translator, self._generator, self._encoder = translator, generator, encoder
 
     async def Translate(self, request: pb.TranslateRequest, context: Context) -> pb.TranslateResponse:
         """Translates one sentence."""
@@ -82,6 +83,55 @@ class NlpServicer(pb_grpc.NlpServiceServicer):
             info=_info(answer),
         )
 
+    async def FillMask(self, request: pb.FillMaskRequest, context: Context) -> pb.FillMaskResponse:
+        """Says what may stand in the gaps of a text."""
+        top_k = request.top_k if request.HasField("top_k") else None
+        answer = await self._encoder.fill(request.text, top_k, _choice(request, context))
+        return pb.FillMaskResponse(
+            gaps=[
+                pb.Gap(candidates=[pb.Candidate(piece=one.piece, probability=one.probability) for one in gap])
+                for gap in answer.value.gaps
+            ],
+            text=answer.value.text,
+            pieces=answer.row.pieces,
+            unknown_words=answer.row.unknown_words,
+            info=_info(answer),
+        )
+
+    async def EmbedText(self, request: pb.EmbedTextRequest, context: Context) -> pb.EmbedTextResponse:
+        """Turns a text into a vector."""
+        answer = await self._encoder.embed(request.text, _choice(request, context))
+        return pb.EmbedTextResponse(
+            embedding=answer.value,
+            pieces=len(answer.row.ids),
+            unknown_words=answer.row.unknown_words,
+            info=_info(answer),
+        )
+
+    async def ClassifyText(self, request: pb.ClassifyTextRequest, context: Context) -> pb.ClassifyTextResponse:
+        """Says what kind of text a text is."""
+        top_k = request.top_k if request.HasField("top_k") else None
+        answer = await self._encoder.classify(request.text, top_k, _choice(request, context))
+        return pb.ClassifyTextResponse(
+            classes=[pb.TextClass(label=label, probability=probability) for label, probability in answer.value],
+            unknown_words=answer.row.unknown_words,
+            info=_info(answer),
+        )
+
+    async def NextSentence(self, request: pb.NextSentenceRequest, context: Context) -> pb.NextSentenceResponse:
+        """Says whether one text follows another."""
+        answer = await self._encoder.follows(request.first, request.second, _choice(request, context))
+        return pb.NextSentenceResponse(
+            probability=answer.value, unknown_words=answer.row.unknown_words, info=_info(answer)
+        )
+
+
+def _choice(
+    request: pb.FillMaskRequest | pb.EmbedTextRequest | pb.ClassifyTextRequest | pb.NextSentenceRequest,
+    context: Context,
+) -> ModelChoice:
+    return ModelChoice(request.model, request.version, request.variant, deadline_of(context))
+
 
 def _scored(token: Scored) -> pb.ScoredToken:
     return pb.ScoredToken(text=token.text, log_probability=token.log_probability)
@@ -104,7 +154,7 @@ def _ending(summary: GenerationSummary) -> pb.GenerateTextResponse:
     )
 
 
-def _info(answer: TranslateAnswer | GenerationSummary | ScoreAnswer) -> model_pb.InferenceInfo:
+def _info(answer: TranslateAnswer | GenerationSummary | ScoreAnswer | Encoded[Any]) -> model_pb.InferenceInfo:
     return model_pb.InferenceInfo(
         model=answer.model,
         version=answer.version,

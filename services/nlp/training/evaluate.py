@@ -20,11 +20,14 @@ from services.nlp.serving.predictors import DEFAULT_BEAM, DEFAULT_PENALTY, STEP_
 from services.nlp.serving.search import SearchSettings
 from services.nlp.tokenizers.texts import read_text_tokenizer
 from services.nlp.tokenizers.vocabularies import Vocabularies
+from services.nlp.tokenizers.wordpiece import WordPieceTokenizer
 from services.nlp.training.data import load_pairs
+from services.nlp.training.export_bert import MASKED_LANGUAGE_MODEL, measure_graph
 from services.nlp.training.offline import OnnxTranslator, onnx_held_out_loss, onnx_predictor
 from services.nlp.training.publishing import CARDS
 from services.nlp.training.tasks import TASKS
 from services.nlp.training.texts import held_back_text
+from services.nlp.training.train_bert import held_back_parts
 from shared.artifacts import (
     MANIFEST_NAME,
     ArtifactError,
@@ -113,9 +116,19 @@ def _language(folder: Path, manifest: Manifest, name: str) -> float:
     return onnx_held_out_loss(session, tokenizer, held, int(manifest.preprocessing["context"]))
 
 
+def _gaps(folder: Path, manifest: Manifest, name: str) -> float:
+    """Nats a gap of a variant of a masked language model, on the gaps of the texts that it never saw."""
+    tokenizer = WordPieceTokenizer.from_json(read_assets(folder, manifest)[VOCABULARY].decode())
+    corpus, context = manifest.preprocessing["corpus"], int(manifest.preprocessing["context"])
+    held = held_back_parts(corpus, tokenizer, context, quick=False)
+    session = open_session(verify_variant(folder, manifest.variants[name]))
+    return measure_graph(session, held, None)["nats"]
+
+
 _MEASUREMENTS = {
     TRANSLATION: _bleu,
     TRANSLATION + STEP_SUFFIX: _encoders_claim,
+    MASKED_LANGUAGE_MODEL: _gaps,
     GENERATION: _language,
 }
 

@@ -164,6 +164,14 @@ class HeldBack:
         self.singles = [masker.singles(sentences[at : at + ROWS], rng) for at in range(0, len(sentences), ROWS)]
         self.pairs = [masker.pairs(reading, drawn[at : at + ROWS], rng) for at in range(0, len(drawn), ROWS)]
 
+    def gaps(self, parts: list[Masked]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Tokens, segments and targets of parts."""
+        return [(part.tokens, part.segments, part.targets) for part in parts]
+
+    def follows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Tokens, segments and labels of the pairs."""
+        return [(part.tokens, part.segments, part.follows) for part in self.pairs]
+
     def measure(self, bert: Bert) -> dict[str, float]:
         """`nats` and `accuracy` of the gaps in single sentences, `pairs_…` of those in pairs, `pairs_next_accuracy`."""
         measures = measure(bert, self.singles) if self.singles else {}
@@ -207,6 +215,14 @@ def prepare(config: TrainBertConfig) -> tuple[WordPieceTokenizer, EncodedReading
     return tokenizer, encode_reading(reading, tokenizer), encode_reading(held, tokenizer)
 
 
+def held_back_parts(corpus: CorpusName, tokenizer: WordPieceTokenizer, context: int, *, quick: bool) -> HeldBack:
+    """What judges a finished run: MASKINGS of the first held-back sentences, and every held-back pair."""
+    held = encode_reading(load_reading(corpus)[1], tokenizer)
+    if quick:
+        held = EncodedReading(held.singles[:100], held.documents[:100])
+    return HeldBack(held, Masker(tokenizer, context), maskings=1 if quick else MASKINGS, pairs=len(held.borders))
+
+
 def sizes(config: TrainBertConfig, tokenizer: WordPieceTokenizer) -> BertConfig:
     """Of the network."""
     whole = BertConfig(
@@ -235,7 +251,7 @@ def train(config: TrainBertConfig) -> dict[str, object]:
         config.folder,
         fingerprint=config.command,
     ).run()
-    judged = HeldBack(held, masker, maskings=1 if config.quick else MASKINGS, pairs=len(held.borders))
+    judged = held_back_parts(config.corpus, tokenizer, config.context, quick=config.quick)
     result: dict[str, object] = {
         "command": config.command,
         "seed": config.seed,

@@ -497,3 +497,389 @@ class ScoreTextResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScoreTextResponse: _TypeAlias = ScoreTextResponse  # noqa: Y015
+
+@_typing.final
+class FillMaskRequest(_message.Message):
+    """FillMaskRequest asks what stands in the gaps of a text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text with `[MASK]` in place of each gap, 1 to 2,000 characters and, in the model's own pieces, 126; every gap is one
+    piece. Case does not matter. Required.
+    """
+    model: _builtins.str
+    """Name of the model; empty means the service's default masked language model."""
+    version: _builtins.str
+    """Version of the model, a positive integer as text; empty means the newest."""
+    variant: _builtins.str
+    """Variant of the weights, such as `fp16` or `int8`; empty or `auto` means the fastest within the quality budget."""
+    top_k: _builtins.int
+    """Number of candidates for each gap, 1 to 100. Unset means 5."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        variant: _builtins.str = ...,
+        top_k: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "top_k", b"top_k"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "model", b"model", "text", b"text", "top_k", b"top_k", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+
+Global___FillMaskRequest: _TypeAlias = FillMaskRequest  # noqa: Y015
+
+@_typing.final
+class Candidate(_message.Message):
+    """Candidate is a piece that may stand in a gap."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIECE_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    piece: _builtins.str
+    """The piece; one that begins with `##` goes on with the word before it."""
+    probability: _builtins.float
+    """Its probability in this gap, 0 to 1; the other gaps stay gaps."""
+    def __init__(
+        self,
+        *,
+        piece: _builtins.str = ...,
+        probability: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["piece", b"piece", "probability", b"probability"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Candidate: _TypeAlias = Candidate  # noqa: Y015
+
+@_typing.final
+class Gap(_message.Message):
+    """Gap is a `[MASK]` with what may stand there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
+        """The candidates, most probable first; pieces that mean no text are left out."""
+
+    def __init__(
+        self,
+        *,
+        candidates: _abc.Iterable[Global___Candidate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gap: _TypeAlias = Gap  # noqa: Y015
+
+@_typing.final
+class FillMaskResponse(_message.Message):
+    """FillMaskResponse says what stands in the gaps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GAPS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    UNKNOWN_WORDS_FIELD_NUMBER: _builtins.int
+    INFO_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text as the model read it, with the most probable candidate in each gap."""
+    @_builtins.property
+    def gaps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gap]:
+        """The gaps in the order of the text."""
+
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The text's pieces as the model read them, gaps included."""
+
+    @_builtins.property
+    def unknown_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of its words that hold characters the model never saw."""
+
+    @_builtins.property
+    def info(self) -> _model_service_pb2.InferenceInfo:
+        """How the request was answered."""
+
+    def __init__(
+        self,
+        *,
+        gaps: _abc.Iterable[Global___Gap] | None = ...,
+        text: _builtins.str = ...,
+        pieces: _abc.Iterable[_builtins.str] | None = ...,
+        unknown_words: _abc.Iterable[_builtins.str] | None = ...,
+        info: _model_service_pb2.InferenceInfo | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gaps", b"gaps", "info", b"info", "pieces", b"pieces", "text", b"text", "unknown_words", b"unknown_words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FillMaskResponse: _TypeAlias = FillMaskResponse  # noqa: Y015
+
+@_typing.final
+class EmbedTextRequest(_message.Message):
+    """EmbedTextRequest asks for the vector of a text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text, 1 to 2,000 characters, and as many of the model's own pieces as it sees. Required."""
+    model: _builtins.str
+    """Name of the model; empty means the service's default encoder."""
+    version: _builtins.str
+    """Version of the model, a positive integer as text; empty means the newest."""
+    variant: _builtins.str
+    """Variant of the weights, such as `fp16` or `int8`; empty or `auto` means the fastest within the quality budget."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        variant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "text", b"text", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedTextRequest: _TypeAlias = EmbedTextRequest  # noqa: Y015
+
+@_typing.final
+class EmbedTextResponse(_message.Message):
+    """EmbedTextResponse holds the vector of a text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMBEDDING_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    UNKNOWN_WORDS_FIELD_NUMBER: _builtins.int
+    INFO_FIELD_NUMBER: _builtins.int
+    pieces: _builtins.int
+    """Number of pieces that the model read."""
+    @_builtins.property
+    def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The vector, of length 1: the dot product of two of them is the cosine of their angle, 1 for texts that mean the same."""
+
+    @_builtins.property
+    def unknown_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of the text's words that hold characters the model never saw."""
+
+    @_builtins.property
+    def info(self) -> _model_service_pb2.InferenceInfo:
+        """How the request was answered."""
+
+    def __init__(
+        self,
+        *,
+        embedding: _abc.Iterable[_builtins.float] | None = ...,
+        pieces: _builtins.int = ...,
+        unknown_words: _abc.Iterable[_builtins.str] | None = ...,
+        info: _model_service_pb2.InferenceInfo | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "info", b"info", "pieces", b"pieces", "unknown_words", b"unknown_words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedTextResponse: _TypeAlias = EmbedTextResponse  # noqa: Y015
+
+@_typing.final
+class ClassifyTextRequest(_message.Message):
+    """ClassifyTextRequest asks what kind of text a text is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text, 1 to 2,000 characters, and as many of the model's own pieces as it sees. Required."""
+    model: _builtins.str
+    """Name of the model; empty means the service's default classifier."""
+    version: _builtins.str
+    """Version of the model, a positive integer as text; empty means the newest."""
+    variant: _builtins.str
+    """Variant of the weights, such as `fp16` or `int8`; empty or `auto` means the fastest within the quality budget."""
+    top_k: _builtins.int
+    """Number of classes to return, most probable first; 1 to the number of the model's labels. Unset means all."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        variant: _builtins.str = ...,
+        top_k: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "top_k", b"top_k"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "model", b"model", "text", b"text", "top_k", b"top_k", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+
+Global___ClassifyTextRequest: _TypeAlias = ClassifyTextRequest  # noqa: Y015
+
+@_typing.final
+class TextClass(_message.Message):
+    """TextClass is a class with its probability."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    label: _builtins.str
+    """Its name."""
+    probability: _builtins.float
+    """Its probability, 0 to 1; those of all classes add up to 1."""
+    def __init__(
+        self,
+        *,
+        label: _builtins.str = ...,
+        probability: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "probability", b"probability"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextClass: _TypeAlias = TextClass  # noqa: Y015
+
+@_typing.final
+class ClassifyTextResponse(_message.Message):
+    """ClassifyTextResponse says what kind of text a text is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLASSES_FIELD_NUMBER: _builtins.int
+    UNKNOWN_WORDS_FIELD_NUMBER: _builtins.int
+    INFO_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextClass]:
+        """The classes, most probable first."""
+
+    @_builtins.property
+    def unknown_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of the text's words that hold characters the model never saw."""
+
+    @_builtins.property
+    def info(self) -> _model_service_pb2.InferenceInfo:
+        """How the request was answered."""
+
+    def __init__(
+        self,
+        *,
+        classes: _abc.Iterable[Global___TextClass] | None = ...,
+        unknown_words: _abc.Iterable[_builtins.str] | None = ...,
+        info: _model_service_pb2.InferenceInfo | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "info", b"info", "unknown_words", b"unknown_words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassifyTextResponse: _TypeAlias = ClassifyTextResponse  # noqa: Y015
+
+@_typing.final
+class NextSentenceRequest(_message.Message):
+    """NextSentenceRequest asks whether one text follows another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    SECOND_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
+    first: _builtins.str
+    """What comes first, 1 to 2,000 characters. Required."""
+    second: _builtins.str
+    """What may follow, 1 to 2,000 characters; both together at most as many pieces as the model sees. Required."""
+    model: _builtins.str
+    """Name of the model; empty means the service's default masked language model."""
+    version: _builtins.str
+    """Version of the model, a positive integer as text; empty means the newest."""
+    variant: _builtins.str
+    """Variant of the weights, such as `fp16` or `int8`; empty or `auto` means the fastest within the quality budget."""
+    def __init__(
+        self,
+        *,
+        first: _builtins.str = ...,
+        second: _builtins.str = ...,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        variant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "model", b"model", "second", b"second", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NextSentenceRequest: _TypeAlias = NextSentenceRequest  # noqa: Y015
+
+@_typing.final
+class NextSentenceResponse(_message.Message):
+    """NextSentenceResponse says whether one text follows another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    UNKNOWN_WORDS_FIELD_NUMBER: _builtins.int
+    INFO_FIELD_NUMBER: _builtins.int
+    probability: _builtins.float
+    """Probability, 0 to 1, that the second text follows the first and was not drawn from elsewhere."""
+    @_builtins.property
+    def unknown_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of the words that hold characters the model never saw."""
+
+    @_builtins.property
+    def info(self) -> _model_service_pb2.InferenceInfo:
+        """How the request was answered."""
+
+    def __init__(
+        self,
+        *,
+        probability: _builtins.float = ...,
+        unknown_words: _abc.Iterable[_builtins.str] | None = ...,
+        info: _model_service_pb2.InferenceInfo | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "probability", b"probability", "unknown_words", b"unknown_words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NextSentenceResponse: _TypeAlias = NextSentenceResponse  # noqa: Y015

@@ -50,6 +50,26 @@ class NlpServiceStub:
                 request_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextRequest.SerializeToString,
                 response_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextResponse.FromString,
                 _registered_method=True)
+        self.FillMask = channel.unary_unary(
+                '/usagi.nlp.v1.NlpService/FillMask',
+                request_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.FillMaskRequest.SerializeToString,
+                response_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.FillMaskResponse.FromString,
+                _registered_method=True)
+        self.EmbedText = channel.unary_unary(
+                '/usagi.nlp.v1.NlpService/EmbedText',
+                request_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.EmbedTextRequest.SerializeToString,
+                response_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.EmbedTextResponse.FromString,
+                _registered_method=True)
+        self.ClassifyText = channel.unary_unary(
+                '/usagi.nlp.v1.NlpService/ClassifyText',
+                request_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ClassifyTextRequest.SerializeToString,
+                response_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ClassifyTextResponse.FromString,
+                _registered_method=True)
+        self.NextSentence = channel.unary_unary(
+                '/usagi.nlp.v1.NlpService/NextSentence',
+                request_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.NextSentenceRequest.SerializeToString,
+                response_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.NextSentenceResponse.FromString,
+                _registered_method=True)
 
 
 class NlpServiceServicer:
@@ -77,6 +97,34 @@ class NlpServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FillMask(self, request, context):
+        """FillMask says what may stand in the gaps of a text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EmbedText(self, request, context):
+        """EmbedText turns a text into a vector; texts alike have vectors alike.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClassifyText(self, request, context):
+        """ClassifyText says what kind of text a text is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def NextSentence(self, request, context):
+        """NextSentence says whether one text follows another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NlpServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +142,26 @@ def add_NlpServiceServicer_to_server(servicer, server):
                     servicer.ScoreText,
                     request_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextRequest.FromString,
                     response_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextResponse.SerializeToString,
+            ),
+            'FillMask': grpc.unary_unary_rpc_method_handler(
+                    servicer.FillMask,
+                    request_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.FillMaskRequest.FromString,
+                    response_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.FillMaskResponse.SerializeToString,
+            ),
+            'EmbedText': grpc.unary_unary_rpc_method_handler(
+                    servicer.EmbedText,
+                    request_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.EmbedTextRequest.FromString,
+                    response_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.EmbedTextResponse.SerializeToString,
+            ),
+            'ClassifyText': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClassifyText,
+                    request_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ClassifyTextRequest.FromString,
+                    response_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ClassifyTextResponse.SerializeToString,
+            ),
+            'NextSentence': grpc.unary_unary_rpc_method_handler(
+                    servicer.NextSentence,
+                    request_deserializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.NextSentenceRequest.FromString,
+                    response_serializer=usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.NextSentenceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +246,114 @@ class NlpService:
             '/usagi.nlp.v1.NlpService/ScoreText',
             usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextRequest.SerializeToString,
             usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ScoreTextResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FillMask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/usagi.nlp.v1.NlpService/FillMask',
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.FillMaskRequest.SerializeToString,
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.FillMaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EmbedText(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/usagi.nlp.v1.NlpService/EmbedText',
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.EmbedTextRequest.SerializeToString,
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.EmbedTextResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyText(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/usagi.nlp.v1.NlpService/ClassifyText',
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ClassifyTextRequest.SerializeToString,
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.ClassifyTextResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NextSentence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/usagi.nlp.v1.NlpService/NextSentence',
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.NextSentenceRequest.SerializeToString,
+            usagi_dot_nlp_dot_v1_dot_nlp__service__pb2.NextSentenceResponse.FromString,
             options,
             channel_credentials,
             insecure,

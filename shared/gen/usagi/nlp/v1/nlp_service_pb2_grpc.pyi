@@ -39,6 +39,14 @@ class NlpServiceStub:
     """GenerateText continues a prompt and streams the text token by token; it stops when the caller goes away."""
     ScoreText: _grpc.UnaryUnaryMultiCallable[_nlp_service_pb2.ScoreTextRequest, _nlp_service_pb2.ScoreTextResponse]
     """ScoreText says how probable a text is, token by token."""
+    FillMask: _grpc.UnaryUnaryMultiCallable[_nlp_service_pb2.FillMaskRequest, _nlp_service_pb2.FillMaskResponse]
+    """FillMask says what may stand in the gaps of a text."""
+    EmbedText: _grpc.UnaryUnaryMultiCallable[_nlp_service_pb2.EmbedTextRequest, _nlp_service_pb2.EmbedTextResponse]
+    """EmbedText turns a text into a vector; texts alike have vectors alike."""
+    ClassifyText: _grpc.UnaryUnaryMultiCallable[_nlp_service_pb2.ClassifyTextRequest, _nlp_service_pb2.ClassifyTextResponse]
+    """ClassifyText says what kind of text a text is."""
+    NextSentence: _grpc.UnaryUnaryMultiCallable[_nlp_service_pb2.NextSentenceRequest, _nlp_service_pb2.NextSentenceResponse]
+    """NextSentence says whether one text follows another."""
 
 @_typing.type_check_only
 class NlpServiceAsyncStub(NlpServiceStub):
@@ -51,6 +59,14 @@ class NlpServiceAsyncStub(NlpServiceStub):
     """GenerateText continues a prompt and streams the text token by token; it stops when the caller goes away."""
     ScoreText: _aio.UnaryUnaryMultiCallable[_nlp_service_pb2.ScoreTextRequest, _nlp_service_pb2.ScoreTextResponse]  # type: ignore[assignment]
     """ScoreText says how probable a text is, token by token."""
+    FillMask: _aio.UnaryUnaryMultiCallable[_nlp_service_pb2.FillMaskRequest, _nlp_service_pb2.FillMaskResponse]  # type: ignore[assignment]
+    """FillMask says what may stand in the gaps of a text."""
+    EmbedText: _aio.UnaryUnaryMultiCallable[_nlp_service_pb2.EmbedTextRequest, _nlp_service_pb2.EmbedTextResponse]  # type: ignore[assignment]
+    """EmbedText turns a text into a vector; texts alike have vectors alike."""
+    ClassifyText: _aio.UnaryUnaryMultiCallable[_nlp_service_pb2.ClassifyTextRequest, _nlp_service_pb2.ClassifyTextResponse]  # type: ignore[assignment]
+    """ClassifyText says what kind of text a text is."""
+    NextSentence: _aio.UnaryUnaryMultiCallable[_nlp_service_pb2.NextSentenceRequest, _nlp_service_pb2.NextSentenceResponse]  # type: ignore[assignment]
+    """NextSentence says whether one text follows another."""
 
 class NlpServiceServicer(metaclass=_abc_1.ABCMeta):
     """NlpService answers questions about text, and writes it."""
@@ -78,5 +94,37 @@ class NlpServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_nlp_service_pb2.ScoreTextResponse, _abc.Awaitable[_nlp_service_pb2.ScoreTextResponse]]:
         """ScoreText says how probable a text is, token by token."""
+
+    @_abc_1.abstractmethod
+    def FillMask(
+        self,
+        request: _nlp_service_pb2.FillMaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_nlp_service_pb2.FillMaskResponse, _abc.Awaitable[_nlp_service_pb2.FillMaskResponse]]:
+        """FillMask says what may stand in the gaps of a text."""
+
+    @_abc_1.abstractmethod
+    def EmbedText(
+        self,
+        request: _nlp_service_pb2.EmbedTextRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_nlp_service_pb2.EmbedTextResponse, _abc.Awaitable[_nlp_service_pb2.EmbedTextResponse]]:
+        """EmbedText turns a text into a vector; texts alike have vectors alike."""
+
+    @_abc_1.abstractmethod
+    def ClassifyText(
+        self,
+        request: _nlp_service_pb2.ClassifyTextRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_nlp_service_pb2.ClassifyTextResponse, _abc.Awaitable[_nlp_service_pb2.ClassifyTextResponse]]:
+        """ClassifyText says what kind of text a text is."""
+
+    @_abc_1.abstractmethod
+    def NextSentence(
+        self,
+        request: _nlp_service_pb2.NextSentenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_nlp_service_pb2.NextSentenceResponse, _abc.Awaitable[_nlp_service_pb2.NextSentenceResponse]]:
+        """NextSentence says whether one text follows another."""
 
 def add_NlpServiceServicer_to_server(servicer: NlpServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
