@@ -53,8 +53,9 @@ e2e: .venv/.dev  ## only the tests on the real compose stack
 fuzz: .venv/.dev  ## 10,000 hostile calls, memory over 10,000 right ones, broken HTTP/2 (more: python -m tests.fuzz)
 	@$(BIN)/python -m pytest tests/fuzz/every_rpc.py tests/fuzz/memory.py tests/fuzz/hostile.py
 
-verify: .venv/.dev  ## evaluate every shipped model again and compare with its manifest
+verify: .venv/.dev  ## evaluate every shipped model again and compare with its manifest; translators learn by heart
 	@set -e; for domain in vision nlp; do $(BIN)/python -m services.$$domain.training.evaluate --root deploy/models; done
+	@$(BIN)/python -m services.nlp.training.overfit
 
 reproduce: .venv/.dev  ## make MODEL again by the command in its manifest, and compare
 	@$(BIN)/python -m shared.training.reproduce $(MODEL)

@@ -36,7 +36,7 @@ class BleuValidator:
 
     def as_reported(self, model: Network) -> float:
         """BLEU as the report counts it: 20 steps of greedy search, an unknown word matches an unknown word."""
-        return self._of_ids(greedy(model, self.encoded.source, REPORT_PIECES))
+        return self.of_ids(greedy(model, self.encoded.source, REPORT_PIECES))
 
     @torch.inference_mode()
     def forced(self, model: Network) -> float:
@@ -46,9 +46,9 @@ class BleuValidator:
             target = padded(self.encoded.target[start : start + 64])
             ids = model((padded(self.encoded.source[start : start + 64]), shifted(target))).argmax(-1).tolist()
             found += [row[: row.index(EOS)] if EOS in row else row for row in ids]
-        return self._of_ids(found)
+        return self.of_ids(found)
 
-    def _of_ids(self, found: list[list[int]]) -> float:
+    def of_ids(self, found: list[list[int]]) -> float:
         """BLEU of ids, those of unknown words among them."""
         words = [self.vocabularies.japanese.decode(ids) for ids in found]
         known = [self.vocabularies.japanese.decode(ids) for ids in self.encoded.target]
