@@ -1,5 +1,5 @@
 """The nlp domain's part of `make demo`: real sentences, real translations, one picture of where one looked,
-and a text that goes on."""
+and texts that go on."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ SENTENCES = (
     "How long does it take to get to Tokyo?",
 )
 REPEATS = 10
-PROMPT = "ROMEO:\n"
+PROMPTS = {"shakespeare-gpt": "ROMEO:\n", "soseki-gpt": "私は"}
+"""What each language model goes on from."""
+QUESTIONS = {"adder-gpt": ("12+34=", "58+67=", "99+1=")}
+"""Prompts of the models that answer, not continue."""
 
 
 def run(target: str, out: Path, console: Console) -> None:
-    """Translates sentences through the gateway, prints them with timings, draws `nlp_attention.svg`, lets a text go on.
+    """Translates sentences through the gateway, prints them with timings, draws `nlp_attention.svg`, lets texts go on.
 
     Args:
         target: the gateway.
@@ -45,7 +48,9 @@ def run(target: str, out: Path, console: Console) -> None:
         answers = [client.translate(sentence, TranslateOptions(attention=True)) for sentence in SENTENCES]
         _print_answers(answers, console)
         _print_timings(client, console)
-        _print_text(client, console)
+        for model in PROMPTS:
+            _print_text(client, model, console)
+        _print_answered(client, console)
     write_atomically(out / "nlp_attention.svg", draw_attention(answers[1].hypotheses[0]))
 
 
@@ -76,10 +81,10 @@ def _print_timings(client: NlpClient, console: Console) -> None:
     console.print(table)
 
 
-def _print_text(client: NlpClient, console: Console) -> None:
+def _print_text(client: NlpClient, model: str, console: Console) -> None:
     started = time.perf_counter()
-    text, first = PROMPT, 0.0
-    for answer in client.generate(PROMPT, GenerateOptions(seed=1, max_tokens=240, temperature=0.7)):
+    text, first = PROMPTS[model], 0.0
+    for answer in client.generate(text, GenerateOptions(model=model, seed=1, max_tokens=240, temperature=0.7)):
         first = first or time.perf_counter() - started
         text += answer.text
     seconds, info = time.perf_counter() - started, answer.info
@@ -88,6 +93,17 @@ def _print_text(client: NlpClient, console: Console) -> None:
         f"{answer.tokens} characters by {info.model} version {info.version}, variant {info.variant}: the first after "
         f"{first * 1e3:.0f} ms, then {(answer.tokens - 1) / (seconds - first):.0f} a second"
     )
+
+
+def _print_answered(client: NlpClient, console: Console) -> None:
+    table = Table(title="GenerateText: models that answer", box=box.SIMPLE_HEAD)
+    for heading in ("model", "prompt", "answer"):
+        table.add_column(heading)
+    for model, prompts in QUESTIONS.items():
+        for prompt in prompts:
+            answers = client.generate(prompt, GenerateOptions(model=model))
+            table.add_row(model, prompt, "".join(answer.text for answer in answers))
+    console.print(table)
 
 
 def _timed(client: NlpClient, sentence: str, options: TranslateOptions) -> tuple[float, float, float]:

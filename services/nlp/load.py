@@ -1,9 +1,9 @@
-"""The nlp domain's locust users: sentences as people send them, with an empty one now and then."""
+"""The nlp domain's locust users: sentences as people send them, texts, sums, and now and then what must be refused."""
 
 from __future__ import annotations
 
 import random
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from usagi.nlp.v1 import nlp_service_pb2 as pb
 from usagi.nlp.v1 import nlp_service_pb2_grpc as pb_grpc
@@ -11,16 +11,19 @@ from usagi.nlp.v1 import nlp_service_pb2_grpc as pb_grpc
 from services.nlp.demo import SENTENCES
 from shared.client.load import GrpcUser, WrongAnswer
 
+SUMS = ((0, 0), (7, 5), (9, 90), (99, 1), (58, 67), (99, 99))
+SEEDS = 8
+
 
 class NlpUser(GrpcUser):
-    """Mostly the default, some greedy searches, and one request in ten that holds no words.
+    """Mostly translations, texts and sums, and now and then what must be refused.
 
-    A translation must not change, whoever shares its steps.
+    A translation must not change, nor a text with its seed, whoever shares their steps.
     """
 
     service = "nlp"
     _answers: ClassVar[dict[tuple[str, int], str]] = {}
-    """(Sentence, beam) -> translation, shared by all users; beam 0 is the service's default."""
+    """(Sentence, beam) -> translation, (prompt, seed) -> text, shared by all users; beam 0 is the service's default."""
 
     def on_start(self) -> None:
         """Connects."""
@@ -41,6 +44,40 @@ class NlpUser(GrpcUser):
         request = pb.TranslateRequest(text=" \t ")
         self.measure("Translate empty", self.nlp.Translate, request, refused_as="TEXT_EMPTY")
 
+    def continue_text(self) -> None:
+        """A text of a few dozen characters; its seed decides it."""
+        prompt, seed = "ROMEO:\n", random.randrange(SEEDS)  # noqa: S311
+        request = pb.GenerateTextRequest(prompt=prompt, seed=seed, max_tokens=40)
+
+        def check(answer: pb.GenerateTextResponse) -> None:
+            first = self._answers.setdefault((prompt, seed), answer.text)
+            if first != answer.text:
+                raise WrongAnswer(f"the text of seed {seed} was {first!r} and is now {answer.text!r}")
+
+        self.measure("GenerateText", self._whole_text, request, check)
+
+    def add(self) -> None:
+        """A sum, which must be right."""
+        one, other = random.choice(SUMS)  # noqa: S311
+        request = pb.GenerateTextRequest(prompt=f"{one}+{other}=", model="adder-gpt")
+
+        def check(answer: pb.GenerateTextResponse) -> None:
+            if answer.text != str(one + other):
+                raise WrongAnswer(f"{one}+{other}={answer.text}")
+
+        self.measure("GenerateText sum", self._whole_text, request, check)
+
+    def add_nothing(self) -> None:
+        """What is no sum must be refused."""
+        request = pb.GenerateTextRequest(prompt="one and one", model="adder-gpt")
+        self.measure("GenerateText no sum", self._whole_text, request, refused_as="PROMPT_NOT_UNDERSTOOD")
+
+    def _whole_text(self, request: pb.GenerateTextRequest, **options: Any) -> pb.GenerateTextResponse:
+        """The last answer of a stream with the text of all."""
+        answers = list(self.nlp.GenerateText(request, **options))
+        answers[-1].text = "".join(answer.text for answer in answers)
+        return answers[-1]
+
     def _translate(self, request: pb.TranslateRequest, name: str) -> None:
         def check(answer: pb.TranslateResponse) -> None:
             if not answer.hypotheses or not answer.hypotheses[0].text:
@@ -52,4 +89,11 @@ class NlpUser(GrpcUser):
 
         self.measure(name, self.nlp.Translate, request, check)
 
-    tasks: ClassVar = {translate: 6, translate_greedily: 3, translate_nothing: 1}
+    tasks: ClassVar = {
+        translate: 6,
+        translate_greedily: 3,
+        translate_nothing: 1,
+        continue_text: 2,
+        add: 3,
+        add_nothing: 1,
+    }

@@ -32,7 +32,7 @@ from shared.serving.session import Array
 GENERATION = "text-generation"
 VOCABULARY = "vocabulary.json"
 """The asset of a language model that holds its characters or pieces."""
-DEFAULT_TOKENS, MAX_TOKENS, MAX_ALTERNATIVES, MAX_STOPS, MAX_STOP_CHARACTERS = 200, 2000, 10, 8, 64
+MAX_TOKENS, MAX_ALTERNATIVES, MAX_STOPS, MAX_STOP_CHARACTERS = 2000, 10, 8, 64
 MAX_TEMPERATURE, MAX_TOP_K = 5.0, 10_000
 
 Finish = Literal["length", "stop"]
@@ -274,7 +274,7 @@ class _Writing:
         self._sampler = Sampler(self._settings)
         self._stops = StopStrings((*query.stop, self._habits.stop) if self._habits.stop else query.stop)
         self._kept = ""
-        self._most = DEFAULT_TOKENS if query.max_tokens is None else query.max_tokens
+        self._most = self._habits.length if query.max_tokens is None else query.max_tokens
         self._tokens = 0
         self._batch_size = 1
         self._queue_seconds = self._infer_seconds = self._preprocess_seconds = 0.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shared.artifacts import Manifest
 from shared.errors import InvalidInput
 
-DEFAULT_TEMPERATURE = 0.8
+DEFAULT_TEMPERATURE, DEFAULT_TOKENS = 0.8, 200
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class ModelHabits:
 
     Attributes:
         stop: ends an answer; empty if nothing does.
+        length: tokens of an answer, for requests that name no limit.
         temperature: for requests that name none.
         reversed: it writes an answer from its end, so that nothing can be shown before all is there.
         pattern: what a prompt must be, as a regular expression; empty if it may be anything.
@@ -25,6 +26,7 @@ class ModelHabits:
     """
 
     stop: str = ""
+    length: int = DEFAULT_TOKENS
     temperature: float = DEFAULT_TEMPERATURE
     reversed: bool = False
     pattern: str = ""

@@ -57,6 +57,8 @@ class TrainTaskConfig:
     """Of each attention."""
     embedding_std: float = 0.02
     """Of embeddings at the start: larger ones tell places and letters apart, which finding examples needs."""
+    waves: bool = False
+    """Whether positions start as sines and cosines, in which the place before is easily found."""
     threads: int = 1
     """CPU threads."""
     runs: Path = Path("runs")
@@ -95,7 +97,8 @@ class TrainTaskConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in ("task", "seed", "runs", "quick") and value != field.default:
-                words.append(f"--{field.name.replace('_', '-')} {value}")
+                flag = f"--{field.name.replace('_', '-')}"
+                words.append(flag if value is True else f"{flag} {value}")
         return " ".join([*words, "--quick"] if self.quick else words)
 
 
@@ -134,7 +137,13 @@ def train(config: TrainTaskConfig) -> dict[str, object]:
     write_atomically(config.folder / "vocabulary.json", tokenizer.to_json())
     seed_everything(config.seed)
     sizes = GptConfig(
-        len(tokenizer), task.context, config.width, config.layers, config.heads, embedding_std=config.embedding_std
+        len(tokenizer),
+        task.context,
+        config.width,
+        config.layers,
+        config.heads,
+        embedding_std=config.embedding_std,
+        waves=config.waves,
     )
     model = Gpt(sizes)
     fitted = Fit(

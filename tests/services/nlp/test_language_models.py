@@ -1,6 +1,7 @@
 """The programs that train, export and check a language model, on a made-up text, in pieces."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tyro
@@ -9,6 +10,7 @@ from services.nlp.tokenizers.text_bpe import TextBytePairTokenizer
 from services.nlp.training import evaluate, export_gpt, texts, train_gpt
 from shared.artifacts import read_manifest
 
+SHIPPED = Path(__file__).parents[3] / "deploy" / "models" / "nlp"
 LINES = ["the cat sat on the mat.\n", "the dog lay on the rug.\n", "a bird sang in the tree!\n"]
 
 
@@ -48,3 +50,26 @@ def test_pieces_are_measured_by_the_character(made_up_text, tmp_path):
     assert train_gpt.character_baselines(configs[0]) == train_gpt.character_baselines(configs[1])
     tokenizer, _, held = train_gpt.divide(configs[1])
     assert train_gpt.token_lengths(tokenizer)[held].sum() == len(texts.held_back_text("shakespeare"))
+
+
+class TestShipped:
+    """The gates of the models that ship, by their manifests, which `make verify` measures again."""
+
+    @staticmethod
+    def metrics(name, variant):
+        return read_manifest(SHIPPED / name / "1").variants[variant].metrics
+
+    @pytest.mark.parametrize(("name", "least"), [("shakespeare-gpt", 0.7), ("soseki-gpt", 0.5)])
+    def test_a_language_model_beats_the_character_before_it(self, name, least):
+        baselines = read_manifest(SHIPPED / name / "1").training.baselines
+        assert baselines["uniform"] > baselines["unigram"] > baselines["bigram"]
+        assert self.metrics(name, "fp16")["nats"] < baselines["bigram"] - least
+        assert self.metrics(name, "int8")["nats"] <= self.metrics(name, "fp16")["nats"] + export_gpt.MAX_RISE
+
+    def test_shakespeare_takes_at_most_1_75_nats_a_character(self):
+        assert self.metrics("shakespeare-gpt", "int8")["nats"] <= 1.75
+
+    @pytest.mark.parametrize("variant", ["fp16", "int8"])
+    def test_the_adder_is_exact_on_99_of_100_sums_it_never_saw(self, variant):
+        assert self.metrics("adder-gpt", variant)["exact_match"] >= 0.99
+        assert read_manifest(SHIPPED / "adder-gpt" / "1").training.wall_seconds <= 600

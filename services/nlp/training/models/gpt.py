@@ -33,6 +33,8 @@ class GptConfig:
     dropout: float = 0.0
     embedding_std: float = EMBEDDING_STD
     """Of tokens and positions at the start."""
+    waves: bool = False
+    """Whether positions start as sines and cosines of that size (Vaswani et al. 2017, section 3.5), not at random."""
 
 
 class Block(nn.Module):
@@ -89,6 +91,9 @@ class Gpt(nn.Module):
         if config.embedding_std != EMBEDDING_STD:
             for embedding in (self.tokens, self.positions):
                 nn.init.normal_(embedding.weight, std=config.embedding_std)
+        if config.waves:
+            with torch.no_grad():
+                self.positions.weight.copy_(config.embedding_std * waves(config.context, config.width))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`[B, T]` → logits `[B, T, V]` of what follows each position; T is at most the context."""
@@ -106,6 +111,13 @@ class Gpt(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """`[..., width]` → `[..., V]` by the tied embedding."""
         return nn.functional.linear(self.norm(x), self.tokens.weight)
+
+
+def waves(length: int, width: int) -> Tensor:
+    """`[length, width]`: sines, then cosines of the position, wavelengths from 2π to 2000π."""
+    rates = torch.exp(-math.log(1000) * torch.arange(width // 2) / (width // 2))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 def _initialise(module: nn.Module) -> None:
