@@ -25,6 +25,7 @@ SENTENCES = (
     "She was reading a book when I came home.",
     "How long does it take to get to Tokyo?",
 )
+TRANSLATORS = ("enja-transformer", "enja-gru")
 REPEATS = 10
 PROMPTS = {"shakespeare-gpt": "ROMEO:\n", "soseki-gpt": "私は"}
 """What each language model goes on from."""
@@ -47,6 +48,7 @@ def run(target: str, out: Path, console: Console) -> None:
         client = NlpClient(connection)
         answers = [client.translate(sentence, TranslateOptions(attention=True)) for sentence in SENTENCES]
         _print_answers(answers, console)
+        _print_translators(client, console)
         _print_timings(client, console)
         for model in PROMPTS:
             _print_text(client, model, console)
@@ -63,6 +65,20 @@ def _print_answers(answers: list[pb.TranslateResponse], console: Console) -> Non
         table.add_row(sentence, best.text, f"{best.score:.2f}")
     info = answers[0].info
     table.caption = f"answered by {info.model} version {info.version}, variant {info.variant}"
+    console.print(table)
+
+
+def _print_translators(client: NlpClient, console: Console) -> None:
+    """The same sentence by each translator: what attention is good for."""
+    table = Table(title=f"Translate: {SENTENCES[3]}", box=box.SIMPLE_HEAD)
+    for heading in ("model", "translation", "score", "ms"):
+        table.add_column(heading, overflow="fold", justify="right" if heading == "ms" else "left")
+    for model in TRANSLATORS:
+        options = TranslateOptions(model=model)
+        client.translate(SENTENCES[3], options)  # the first call loads it
+        seconds, _, _ = _timed(client, SENTENCES[3], options)
+        best = client.translate(SENTENCES[3], options).hypotheses[0]
+        table.add_row(model, best.text, f"{best.score:.2f}", f"{seconds * 1e3:.1f}")
     console.print(table)
 
 

@@ -22,8 +22,9 @@ class NlpUser(GrpcUser):
     """
 
     service = "nlp"
-    _answers: ClassVar[dict[tuple[str, int], str]] = {}
-    """(Sentence, beam) -> translation, (prompt, seed) -> text, shared by all users; beam 0 is the service's default."""
+    _answers: ClassVar[dict[tuple[str, int, str], str]] = {}
+    """(Sentence, beam, model) -> translation, (prompt, seed, model) -> text, shared by all users; beam 0 and no model
+    are the service's defaults."""
 
     def on_start(self) -> None:
         """Connects."""
@@ -39,6 +40,11 @@ class NlpUser(GrpcUser):
         request = pb.TranslateRequest(text=random.choice(SENTENCES), beam=1)  # noqa: S311
         self._translate(request, "Translate greedy")
 
+    def translate_by_gru(self) -> None:
+        """By the recurrent translator."""
+        request = pb.TranslateRequest(text=random.choice(SENTENCES), model="enja-gru")  # noqa: S311
+        self._translate(request, "Translate GRU")
+
     def translate_nothing(self) -> None:
         """A text without words must be refused, with the reason."""
         request = pb.TranslateRequest(text=" \t ")
@@ -50,7 +56,7 @@ class NlpUser(GrpcUser):
         request = pb.GenerateTextRequest(prompt=prompt, seed=seed, max_tokens=40)
 
         def check(answer: pb.GenerateTextResponse) -> None:
-            first = self._answers.setdefault((prompt, seed), answer.text)
+            first = self._answers.setdefault((prompt, seed, request.model), answer.text)
             if first != answer.text:
                 raise WrongAnswer(f"the text of seed {seed} was {first!r} and is now {answer.text!r}")
 
@@ -83,7 +89,7 @@ class NlpUser(GrpcUser):
             if not answer.hypotheses or not answer.hypotheses[0].text:
                 raise WrongAnswer(f"no translation of {request.text!r}")
             text = answer.hypotheses[0].text
-            first = self._answers.setdefault((request.text, request.beam), text)
+            first = self._answers.setdefault((request.text, request.beam, request.model), text)
             if first != text:
                 raise WrongAnswer(f"{request.text!r} was {first} and is now {text}")
 
@@ -91,7 +97,8 @@ class NlpUser(GrpcUser):
 
     tasks: ClassVar = {
         translate: 6,
-        translate_greedily: 3,
+        translate_greedily: 2,
+        translate_by_gru: 1,
         translate_nothing: 1,
         continue_text: 2,
         add: 3,

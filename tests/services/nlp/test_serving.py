@@ -247,6 +247,21 @@ class TestShipped:
         assert min(info.preprocess_seconds, info.infer_seconds, info.postprocess_seconds) > 0
         assert info.queue_seconds >= 0
 
+    @pytest.mark.parametrize("sentence", SENTENCES[:5])
+    def test_the_recurrent_translator(self, client, sentence):
+        options = TranslateOptions(model="enja-gru", beam=3, n_best=3)
+        answer = client.translate(sentence, options)
+        assert (answer.info.model, answer.info.variant) == ("enja-gru", "int8")
+        assert answer.hypotheses[0].finished
+        for hypothesis in answer.hypotheses:
+            assert hypothesis.text == join_japanese(hypothesis.words)
+            assert list(hypothesis.tokens) == list(hypothesis.words)  # whole words
+            assert "<unk>" not in hypothesis.words
+        assert list(client.translate(sentence, options).hypotheses) == list(answer.hypotheses)
+        with pytest.raises(CallFailed) as refused:
+            client.translate(sentence, TranslateOptions(model="enja-gru", attention=True))
+        assert (refused.value.code, refused.value.reason) == ("INVALID_ARGUMENT", "NO_ATTENTION")
+
     def test_the_same_again(self, client):
         for options in (TranslateOptions(), TranslateOptions(beam=7, n_best=7)):
             first, second = (client.translate(SENTENCES[4], options).hypotheses for _ in range(2))

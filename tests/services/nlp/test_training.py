@@ -273,7 +273,9 @@ class TestEvaluate:
 
 
 class TestShipped:
-    @pytest.mark.parametrize("part", ["enja-transformer", "enja-transformer-step"])
+    @pytest.mark.parametrize(
+        "part", [f"{name}{part}" for name in ("enja-transformer", "enja-gru") for part in ("", "-step")]
+    )
     def test_files_are_those_of_the_manifests(self, part):
         folder = SHIPPED / "nlp" / part / "1"
         manifest = read_manifest(folder)
@@ -284,6 +286,16 @@ class TestShipped:
         for path in (folder / CARD_NAME, ROOT / "services" / "nlp" / "cards" / f"{part}.md"):
             assert path.read_text(encoding="utf-8") == card
 
-    def test_int8_loses_at_most_half_a_point(self):
-        manifest = read_manifest(SHIPPED / "nlp" / "enja-transformer" / "1")
+    def test_translators_are_as_good_as_they_must_be(self):
+        transformer, gru = (
+            read_manifest(SHIPPED / "nlp" / name / "1").variants["int8"].metrics["bleu_greedy"]
+            for name in ("enja-transformer", "enja-gru")
+        )
+        assert transformer >= 33
+        assert gru >= 14
+        assert transformer - gru >= 8
+
+    @pytest.mark.parametrize("name", ["enja-transformer", "enja-gru"])
+    def test_int8_loses_at_most_half_a_point(self, name):
+        manifest = read_manifest(SHIPPED / "nlp" / name / "1")
         assert manifest.training.baselines["fp16"] - manifest.variants["int8"].metrics["bleu"] <= 0.5
