@@ -29,7 +29,7 @@ TRANSLATORS = ("enja-transformer", "enja-gru")
 REPEATS = 10
 PROMPTS = {"shakespeare-gpt": "ROMEO:\n", "soseki-gpt": "私は"}
 """What each language model goes on from."""
-QUESTIONS = {"adder-gpt": ("12+34=", "58+67=", "99+1=")}
+QUESTIONS = {"adder-gpt": ("12+34=", "58+67=", "99+1="), "fewshot-gpt": ("a4a", "a4b1c2b", "a4b1c2d3e6f")}
 """Prompts of the models that answer, not continue."""
 
 

@@ -258,6 +258,21 @@ class TestAdder:
         assert "12+34=" in caught.value.fields["prompt"]
 
 
+class TestFewShot:
+    """A function that is in the prompt and in no weight."""
+
+    @pytest.mark.parametrize(("prompt", "answer"), [("a4b1c2b", "1"), ("f6a5c1f", "6"), ("a4b1c2d3e6f", "5")])
+    def test_it_reads_the_examples_and_excludes_what_was_seen(self, client, prompt, answer):
+        *answers, last = client.generate(prompt, GenerateOptions(model="fewshot-gpt"))
+        assert (written([*answers, last]), last.tokens) == (answer, 1)
+
+    @pytest.mark.parametrize("prompt", ["a4b1", "g", "4a", "a4 a", "a1" * 13 + "a"])
+    def test_another_prompt_is_refused_with_an_example(self, client, prompt):
+        with pytest.raises(CallFailed) as caught:
+            list(client.generate(prompt, GenerateOptions(model="fewshot-gpt")))
+        assert (caught.value.code, caught.value.reason) == ("INVALID_ARGUMENT", "PROMPT_NOT_UNDERSTOOD")
+
+
 class TestCommand:
     """`usagi nlp` against the service itself."""
 

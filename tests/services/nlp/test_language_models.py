@@ -8,6 +8,7 @@ import tyro
 
 from services.nlp.tokenizers.text_bpe import TextBytePairTokenizer
 from services.nlp.training import evaluate, export_gpt, texts, train_gpt
+from services.nlp.training.tasks import Permutations
 from shared.artifacts import read_manifest
 
 SHIPPED = Path(__file__).parents[3] / "deploy" / "models" / "nlp"
@@ -73,3 +74,12 @@ class TestShipped:
     def test_the_adder_is_exact_on_99_of_100_sums_it_never_saw(self, variant):
         assert self.metrics("adder-gpt", variant)["exact_match"] >= 0.99
         assert read_manifest(SHIPPED / "adder-gpt" / "1").training.wall_seconds <= 600
+
+    @pytest.mark.parametrize("variant", ["fp16", "int8"])
+    def test_more_examples_help_and_more_than_by_repeating_what_was_seen(self, variant):
+        metrics = self.metrics("fewshot-gpt", variant)
+        by_shots = [metrics[f"accuracy_{shots}_shots"] for shots in Permutations.shots]
+        assert by_shots == sorted(by_shots)
+        assert by_shots[0] == pytest.approx(1 / 6, abs=0.05)  # one guess a letter over 144 functions: deviation .013
+        for shots, accuracy in zip(Permutations.shots[3:], by_shots[3:], strict=True):
+            assert accuracy > 1 - (5 / 6) ** (shots + 1) + 0.03

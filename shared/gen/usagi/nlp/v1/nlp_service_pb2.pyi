@@ -281,7 +281,9 @@ class GenerateTextRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     ALTERNATIVES_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """What the text begins with, 1 to 2,000 characters; of one that fills the model's context, the end counts. Required."""
+    """What the text begins with, 1 to 2,000 characters; of one that fills the model's context, the end counts. A
+    model may take only prompts of a pattern. Required.
+    """
     model: _builtins.str
     """Name of the model; empty means the service's default language model."""
     version: _builtins.str
@@ -289,9 +291,11 @@ class GenerateTextRequest(_message.Message):
     variant: _builtins.str
     """Variant of the weights, such as `fp16` or `int8`; empty or `auto` means the fastest within the quality budget."""
     max_tokens: _builtins.int
-    """Number of tokens to write at most, 1 to 2,000. Unset means 200."""
+    """Number of tokens to write at most, 1 to 2,000. Unset means what the model's manifest says, else 200."""
     temperature: _builtins.float
-    """Divides the log-probabilities before a token is drawn, 0 to 5; 0 means always the most probable one. Unset means 0.8."""
+    """Divides the log-probabilities before a token is drawn, 0 to 5; 0 means always the most probable one. Unset means
+    what the model's manifest says, else 0.8.
+    """
     top_k: _builtins.int
     """Only so many of the most probable tokens may be drawn, 0 to 10,000; 0 means all. Unset means all."""
     top_p: _builtins.float
@@ -388,7 +392,9 @@ class GenerateTextResponse(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     INFO_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """What the text goes on with: all of them joined are the text. Empty while it might begin a stop string."""
+    """What the text goes on with: all of them joined are the text. Empty while it might begin a stop string, and up to the last
+    response of a model that writes its answers from their end.
+    """
     finish_reason: Global___FinishReason.ValueType
     """Why the text ended; set in the last response only."""
     tokens: _builtins.int
