@@ -42,7 +42,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     translate.add_argument("--n-best", type=int, help="how many translations to print, best first (default: 1)")
     translate.add_argument("--max-tokens", type=int, help="longest translation in pieces")
-    translate.add_argument("--length-penalty", type=float, help="0 to 2; larger favours longer ones (default: 1.3)")
+    translate.add_argument(
+        "--length-penalty", type=float, help="0 to 2; larger favours longer ones (default: the model's own)"
+    )
     translate.add_argument("--attention", type=Path, metavar="SVG", help="draw where the first translation looked")
     add_connection_options(translate)
     translate.set_defaults(command=_translate)

@@ -14,6 +14,7 @@ from services.nlp.serving.decoding import Decoding, DecodingLoops
 from services.nlp.serving.search import BeamSearch, Floats, Found, SearchSettings
 from services.nlp.tokenizers.special import EOS, PAD, SPECIAL_PIECES, UNK
 from services.nlp.tokenizers.vocabularies import Vocabularies
+from shared.artifacts import Manifest
 from shared.errors import InvalidInput, ModelUnavailable
 from shared.serving.engine import Engine
 from shared.serving.served import Served
@@ -28,6 +29,8 @@ STEP_SUFFIX = "-step"
 DEFAULT_BEAM, MAX_BEAM, MAX_TOKENS, MAX_PENALTY = 4, 16, 200, 2.0
 DEFAULT_PENALTY = 1.3
 """Of 0.6 to 2, the best on the held-back pairs: 0.6 translates too briefly, above 1.5 it turns over (docs/log.md)."""
+PENALTY = "length_penalty"
+"""Where a translator's manifest names its own, in `preprocessing`."""
 LENGTH_STEP = 4
 """Sentences are padded to a multiple of this many pieces, so that more of them share a run of the encoder."""
 
@@ -124,7 +127,8 @@ class Translator:
         encoded = await encoder.batcher.submit({"source": padded(source.ids)}, query.deadline)
         read = {spec.name for spec in step.manifest.inputs}
         memory = {key: value for key, value in encoded.outputs.items() if key in read}
-        search = BeamSearch(search_settings(query, len(source.ids)), keeps_attention=query.attention)
+        settings = search_settings(query, len(source.ids), own_penalty(encoder.manifest))
+        search = BeamSearch(settings, keeps_attention=query.attention)
         decoding = Decoding(search, memory, len(source.ids), deadline=query.deadline)
         await self._loops.of(step).run(decoding)
         started = time.perf_counter()
@@ -208,12 +212,17 @@ def _check_range(field: str, value: int | None, least: int, most: int) -> None:
         raise InvalidInput(field, f"is {value}, expected {least} to {most}")
 
 
-def search_settings(query: TranslateQuery, source_length: int) -> SearchSettings:
-    """The search that a query asks for."""
+def own_penalty(manifest: Manifest) -> float:
+    """The length penalty of a translator, where a query has none: its own if its manifest names one."""
+    return float(manifest.preprocessing.get(PENALTY, DEFAULT_PENALTY))
+
+
+def search_settings(query: TranslateQuery, source_length: int, penalty: float) -> SearchSettings:
+    """The search that a query asks for; `penalty` is the model's own."""
     return SearchSettings(
         beam=query.beam or DEFAULT_BEAM,
         max_tokens=query.max_tokens or min(MAX_TOKENS, 2 * source_length + 10),
-        length_penalty=DEFAULT_PENALTY if query.length_penalty is None else query.length_penalty,
+        length_penalty=penalty if query.length_penalty is None else query.length_penalty,
     )
 
 

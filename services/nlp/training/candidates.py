@@ -10,16 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.nlp.preprocess import join_japanese
+from services.nlp.serving.search import SearchSettings
 from services.nlp.tokenizers.vocabularies import Vocabularies
 from services.nlp.training.bleu import corpus_bleu
 from services.nlp.training.data import load_pairs
-from services.nlp.training.evaluate import GREEDY, SERVED_SEARCH
 from services.nlp.training.offline import OnnxTranslator
 from services.nlp.training.publishing import VARIANTS
 from services.nlp.training.translator_graphs import Feeds
 from shared.training.latency import Latency, measure_latencies
 
 LATENCY_SENTENCES = 60
+GREEDY = SearchSettings(beam=1)
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,21 @@ class Candidate:
     """50th and 95th percentile of a whole translation."""
 
 
-def measure_variants(folder: Path, vocabularies: Vocabularies) -> dict[str, Candidate]:
-    """BLEU on dev and times of every variant; times in turns, on one thread."""
+def measure_variants(folder: Path, vocabularies: Vocabularies, served: SearchSettings) -> dict[str, Candidate]:
+    """BLEU on dev and times of every variant; times in turns, on one thread.
+
+    Args:
+        folder: with the graphs of every variant.
+        vocabularies: of the translator.
+        served: the search that serving uses when a request asks for nothing else.
+    """
     paths = {name: (folder / f"encoder.{file}", folder / f"step.{file}") for name, file in VARIANTS.items()}
     translators = {name: OnnxTranslator.open(*pair, vocabularies) for name, pair in paths.items()}
     encoder = measure_latencies({n: _encode(t) for n, t in translators.items()}, np.zeros((1, 12), np.float32))
     step = measure_latencies({n: _step(t) for n, t in translators.items()}, np.zeros((1, 1), np.float32))
-    whole = _whole_times(translators)
+    whole = _whole_times(translators, served)
     return {
-        name: Candidate(*paths[name], _quality(translator), encoder[name], step[name], whole[name])
+        name: Candidate(*paths[name], _quality(translator, served), encoder[name], step[name], whole[name])
         for name, translator in translators.items()
     }
 
@@ -78,14 +85,14 @@ def _step_feeds(translator: OnnxTranslator, rows: int, length: int = 16) -> Feed
     return feeds
 
 
-def _whole_times(translators: dict[str, OnnxTranslator]) -> dict[str, tuple[float, float]]:
+def _whole_times(translators: dict[str, OnnxTranslator], served: SearchSettings) -> dict[str, tuple[float, float]]:
     """Milliseconds of whole translations of dev sentences, 50th and 95th percentile."""
     sentences = load_pairs("dev").english[:LATENCY_SENTENCES]
     turn = iter(range(10**9))
 
     def whole(translator: OnnxTranslator) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
         def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-            translator.translate([sentences[next(turn) // len(translators) % len(sentences)]], SERVED_SEARCH)
+            translator.translate([sentences[next(turn) // len(translators) % len(sentences)]], served)
             return batch
 
         return predict
@@ -99,9 +106,9 @@ def _whole_times(translators: dict[str, OnnxTranslator]) -> dict[str, tuple[floa
     return {name: (latency.p50_ms, latency.p95_ms) for name, latency in times.items()}
 
 
-def _quality(translator: OnnxTranslator) -> dict[str, float]:
+def _quality(translator: OnnxTranslator, served: SearchSettings) -> dict[str, float]:
     dev = load_pairs("dev")
-    words = [translator.words(found) for found in translator.translate(dev.english, SERVED_SEARCH)]
+    words = [translator.words(found) for found in translator.translate(dev.english, served)]
     bleu = corpus_bleu(words, dev.japanese)
     return {
         "bleu": bleu.score,

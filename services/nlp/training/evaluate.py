@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.nlp.serving.generator import GENERATION, VOCABULARY
-from services.nlp.serving.predictors import DEFAULT_BEAM, DEFAULT_PENALTY, STEP_SUFFIX, TRANSLATION, VOCABULARIES
+from services.nlp.serving.predictors import DEFAULT_BEAM, STEP_SUFFIX, TRANSLATION, VOCABULARIES, own_penalty
 from services.nlp.serving.search import SearchSettings
 from services.nlp.tokenizers.texts import read_text_tokenizer
 from services.nlp.tokenizers.vocabularies import Vocabularies
@@ -40,10 +40,6 @@ from shared.errors import ConfigurationError
 from shared.measures import measure_named
 from shared.training.card import card_problem
 from shared.training.export import open_session
-
-SERVED_SEARCH = SearchSettings(beam=DEFAULT_BEAM, length_penalty=DEFAULT_PENALTY)
-"""What serving does when a request asks for nothing else."""
-GREEDY = SearchSettings(beam=1)
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,8 @@ def _bleu(folder: Path, manifest: Manifest, name: str) -> float:
     if name not in step.variants:
         raise ArtifactError(f"{step_folder} has no variant {name}, which its encoder has; publish both again")
     paths = verify_variant(folder, manifest.variants[name]), verify_variant(step_folder, step.variants[name])
-    return OnnxTranslator.open(*paths, vocabularies).bleu(load_pairs("dev"), SERVED_SEARCH)
+    served = SearchSettings(beam=DEFAULT_BEAM, length_penalty=own_penalty(manifest))
+    return OnnxTranslator.open(*paths, vocabularies).bleu(load_pairs("dev"), served)
 
 
 def _encoders_claim(folder: Path, manifest: Manifest, name: str) -> float:

@@ -19,7 +19,15 @@ import onnx
 import torch
 import tyro
 
-from services.nlp.serving.predictors import STEP_SUFFIX, TRANSLATION, VOCABULARIES
+from services.nlp.serving.predictors import (
+    DEFAULT_BEAM,
+    DEFAULT_PENALTY,
+    PENALTY,
+    STEP_SUFFIX,
+    TRANSLATION,
+    VOCABULARIES,
+)
+from services.nlp.serving.search import SearchSettings
 from services.nlp.tokenizers.vocabularies import Vocabularies
 from services.nlp.training.bleu import corpus_bleu
 from services.nlp.training.candidates import Candidate, measure_variants
@@ -59,6 +67,8 @@ class ExportConfig:
     """Model root to publish into; `deploy/models` holds what the images are built with."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Variants to publish, of those that the gate lets pass; the others are measured and named in the card."""
+    length_penalty: float = DEFAULT_PENALTY
+    """Of searches that ask for none; the best on held-back pairs."""
     version: int = 1
     """Version number to publish as; the same version is replaced."""
     quick: bool = False
@@ -75,6 +85,7 @@ class ExportConfig:
         words = ["python -m services.nlp.training.export", f"--seed {self.seed}"]
         words += [f"--name {self.name}"] if self.name != ExportConfig.name else []
         words += [f"--variants {' '.join(self.variants)}"] if self.variants != ExportConfig.variants else []
+        words += [f"--length-penalty {self.length_penalty:g}"] if self.length_penalty != DEFAULT_PENALTY else []
         words += [f"--version {self.version}"] if self.version != 1 else []
         return " ".join([*words, "--quick"] if self.quick else words)
 
@@ -92,7 +103,8 @@ def export(config: ExportConfig) -> list[Path]:
     with tempfile.TemporaryDirectory() as folder:
         parity = write_graphs(model, Path(folder))
         LOG.info("largest difference from PyTorch %.1e", parity)
-        candidates = measure_variants(Path(folder), vocabularies)
+        served = SearchSettings(DEFAULT_BEAM, length_penalty=config.length_penalty)
+        candidates = measure_variants(Path(folder), vocabularies, served)
         LOG.info("BLEU: %s", {name: candidate.quality["bleu"] for name, candidate in candidates.items()})
         shipped = choose(candidates, config.variants)
         architecture = result.get("architecture", "transformer")
@@ -207,6 +219,7 @@ def _publish(
         opset=opset_of(paths[first]),
         training=record,
         measure="bleu",
+        preprocessing={PENALTY: config.length_penalty} if config.length_penalty != DEFAULT_PENALTY else {},
         assets={name: asset(content) for name, content in assets.items()},
     )
     return publish_graphs(config.root, manifest, paths, assets, bundled=not config.quick)
