@@ -232,7 +232,6 @@ The first seed of each, over words, with serving's search, which never writes an
 of {penalty:g}, penalties with beam {beam}.
 
 {table}
-
 """
 
 

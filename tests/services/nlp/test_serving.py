@@ -257,6 +257,9 @@ class TestShipped:
             assert hypothesis.text == join_japanese(hypothesis.words)
             assert list(hypothesis.tokens) == list(hypothesis.words)  # whole words
             assert "<unk>" not in hypothesis.words
+            length = len(hypothesis.tokens) + hypothesis.finished
+            penalty = ((5 + length) / 6) ** 0.6  # its own, said in its manifest
+            assert hypothesis.score == pytest.approx(hypothesis.log_probability / penalty, rel=1e-5)
         assert list(client.translate(sentence, options).hypotheses) == list(answer.hypotheses)
         with pytest.raises(CallFailed) as refused:
             client.translate(sentence, TranslateOptions(model="enja-gru", attention=True))

@@ -77,7 +77,7 @@ class TranslateRequest(_message.Message):
     """Longest translation in pieces of the model, its end counted, 1 to 200. Unset means as many as the sentence has, times 2, plus 10."""
     length_penalty: _builtins.float
     """Exponent of the length penalty ((5 + length) / 6)^a by which a hypothesis' log-probability is divided, 0 to 2; larger
-    values favour longer translations. Unset means 1.3.
+    values favour longer translations. Unset means the model's own, 1.3 if its card names none.
     """
     attention: _builtins.bool
     """Whether to return, for each translation, where its pieces looked in the sentence.
