@@ -43,6 +43,8 @@ LOG = logging.getLogger("usagi.train")
 class StudyHeadsConfig:
     """Trains every head in every way and compares."""
 
+    tasks: tuple[Literal["question", "next", "same", "choice"], ...] = ("question", "next", "same", "choice")
+    """Which of the tasks."""
     labels: int = 1000
     """Labelled examples that train."""
     chosen: int = 200
@@ -134,8 +136,8 @@ class HeadStudy:
         """In the order in which they are made."""
         return [
             HeadRun(task, mode, seed)
-            for task, kind in TASKS.items()
-            for seed in range(self.config.seeds if kind.head == "classification" else 1)
+            for task in self.config.tasks
+            for seed in range(self.config.seeds if TASKS[task].head == "classification" else 1)
             for mode in MODES
         ]
 
@@ -195,7 +197,8 @@ class HeadStudy:
 def render(results: dict[HeadRun, dict[str, float]]) -> str:
     """The table in Markdown: accuracy on the held-back text, with the least and the most where there are seeds."""
     lines = ["| task | head | chance | " + " | ".join(MODES) + " |", "|---|---|---:|" + "---:|" * len(MODES)]
-    for task, kind in TASKS.items():
+    for task in dict.fromkeys(run.task for run in results):
+        kind = TASKS[task]
         cells = [
             _cell([found["accuracy"] for run, found in results.items() if (run.task, run.mode) == (task, mode)])
             for mode in MODES
@@ -211,10 +214,10 @@ def _cell(values: list[float]) -> str:
 
 def draw(path: Path, results: dict[HeadRun, dict[str, float]]) -> None:
     """The table as bars."""
-    groups: dict[str, dict[str, list[float]]] = {task: {mode: [] for mode in MODES} for task in TASKS}
+    groups: dict[str, dict[str, list[float]]] = {run.task: {mode: [] for mode in MODES} for run in results}
     for run, found in results.items():
         groups[run.task][run.mode].append(found["accuracy"])
-    chances = {task: kind.chance for task, kind in TASKS.items()}
+    chances = {task: TASKS[task].chance for task in groups}
     draw_bars(path, groups, chances, title="GPT-1's heads on tiny Shakespeare", label="accuracy on the held-back text")
 
 

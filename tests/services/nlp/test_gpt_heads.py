@@ -1,5 +1,6 @@
 """GPT-1's heads: what each reads and adds up, what learns, and what the examples are made of."""
 
+import dataclasses
 import json
 from itertools import pairwise
 
@@ -192,5 +193,7 @@ def test_the_study_compares_three_ways(tmp_path, monkeypatch):
     assert all(0 <= one["accuracy"] <= 1 and one["examples"] == 8 for one in found)
     assert "</svg>" in config.picture.read_text()
     monkeypatch.setattr(study_heads, "Fit", None)
+    study_heads.main(dataclasses.replace(config, tasks=("same",)))
+    assert [row.split()[1] for row in (config.folder / "table.md").read_text().splitlines()[2:]] == ["same"]
     study_heads.main(config)
     assert (config.folder / "table.md").read_text() == table, "what is finished is not made again"
