@@ -182,7 +182,7 @@ def _division(result: dict[str, Any]) -> str:
 
 
 def _recipe(run: dict[str, Any]) -> str:
-    return str(run["command"]).replace(f"--seed {run['seed']}", "")
+    return " ".join(str(run["command"]).replace(f"--seed {run['seed']}", "").split())
 
 
 def copied_bleu() -> float:
