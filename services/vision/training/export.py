@@ -27,7 +27,15 @@ from services.vision.training.models import MODELS
 from services.vision.training.record import describe_variant, training_record
 from services.vision.training.tasks import TASKS, Task
 from services.vision.training.train import RunResult
-from shared.artifacts import CARD_NAME, Manifest, TensorSpec, publish, write_atomically
+from shared.artifacts import (
+    CARD_NAME,
+    Manifest,
+    TensorSpec,
+    publish,
+    read_manifest,
+    verify_variant,
+    write_atomically,
+)
 from shared.errors import ConfigurationError
 from shared.training.card import render_card
 from shared.training.export import check_parity, export_onnx, onnx_predictor, open_session, opset_of
@@ -65,6 +73,8 @@ class ExportConfig:
     """Network."""
     pruned: str = ""
     """Pruned run of the same network to ship as further variants, such as `pruned-seed0`."""
+    add: bool = False
+    """Leave what is published as it is, and add the pruned run's variants, judged by the published fp32."""
     runs: Path = Path("runs")
     """Folder of all runs."""
     root: Path = Path("var/models")
@@ -91,6 +101,11 @@ class ExportConfig:
         """Where the pruned run to ship lives."""
         return self._folder(self.pruned) if self.pruned else None
 
+    @property
+    def published_folder(self) -> Path:
+        """Where the version is or will be published."""
+        return self.root / "vision" / f"{self.task.name}-{self.model}" / str(self.version)
+
     def _folder(self, name: str) -> Path:
         return self.runs / f"{self.data}-{self.model}" / (name + ("-quick" if self.quick else ""))
 
@@ -112,6 +127,7 @@ def export(config: ExportConfig) -> Path:
 
     Raises:
         ConfigurationError: the run is not finished, or the export differs from PyTorch.
+        ArtifactError: there is nothing published to add to, or it is damaged.
     """
     result = read_result(config.run_folder)
     torch.set_num_threads(1)
@@ -149,7 +165,10 @@ def _make_candidates(config: ExportConfig, folder: Path) -> dict[str, Candidate]
     val, test = task.load("val"), task.load("test")
     inputs = stack(val, preprocessing)
     calibration = stack(task.load("train").take(config.calibration), preprocessing)
-    extra = _write_graphs(_load(config.run_folder, config), "", folder, inputs, calibration)
+    if config.add:
+        extra = _take_published(config.published_folder, folder)
+    else:
+        extra = _write_graphs(_load(config.run_folder, config), "", folder, inputs, calibration)
     if config.pruned_folder:
         extra |= _write_graphs(_load(config.pruned_folder, config), "pruned", folder, inputs, calibration)
     paths = {name: folder / FILES[name] for name in extra}
@@ -164,6 +183,15 @@ def _make_candidates(config: ExportConfig, folder: Path) -> dict[str, Candidate]
         name: Candidate(paths[name], on_test[name], on_val[name], latencies[name], verdicts[name], extra[name])
         for name in paths
     }
+
+
+def _take_published(source: Path, folder: Path) -> dict[str, dict[str, float]]:
+    """Copies what is published of the unpruned network; returns what its manifest says beyond what is measured anew."""
+    variants = {name: variant for name, variant in read_manifest(source).variants.items() if name in ("fp32", "int8")}
+    for name, variant in variants.items():
+        shutil.copy(verify_variant(source, variant), folder / FILES[name])
+    kept = ("parity_max_abs_diff", "calibration_photos", "macs")
+    return {name: {key: v.metrics[key] for key in kept if key in v.metrics} for name, v in variants.items()}
 
 
 def _load(run: Path, config: ExportConfig) -> nn.Module:
@@ -222,6 +250,7 @@ def _measure(path: Path, test: Classification, reference: Classification, latenc
 def _manifest(config: ExportConfig, result: RunResult, candidates: dict[str, Candidate]) -> Manifest:
     task, preprocessing = config.task, config.task.preprocessing
     shipped = {name: candidate for name, candidate in candidates.items() if candidate.verdict.ships}
+    pruned = read_result(config.pruned_folder) if config.pruned_folder else None
     return Manifest(
         service="vision",
         name=f"{task.name}-{config.model}",
@@ -242,7 +271,9 @@ def _manifest(config: ExportConfig, result: RunResult, candidates: dict[str, Can
             task,
             config.run_folder.parent,
             candidates["fp32"].test,
-            [*([read_result(config.pruned_folder).command] if config.pruned_folder else []), export_command(config)],
+            [*([pruned.command] if pruned else []), export_command(config)],
+            pruned,
+            read_manifest(config.published_folder).training if config.add else None,
         ),
     )
 

@@ -46,23 +46,40 @@ def describe_variant(
 
 
 def training_record(
-    result: RunResult, task: Task, runs: Path, test: Classification, further_commands: list[str]
+    result: RunResult,
+    task: Task,
+    runs: Path,
+    test: Classification,
+    further_commands: list[str],
+    pruned: RunResult | None = None,
+    earlier: TrainingRecord | None = None,
 ) -> TrainingRecord:
-    """How the shipped run came to be, with the other runs beside it as baselines and spread."""
+    """How the shipped run, and the pruned one if that ships too, came to be.
+
+    Beside them stand other modes as baselines, and the spread over runs that differ in the seed alone. What an
+    `earlier` record says of runs of the published network stays, since that network stays.
+    """
     others = [r for r in finished_runs(runs) if r.test_photos == result.test_photos]
-    of_mode = {"accuracy": result.mode, "accuracy_pruned": "pruned"}
-    accuracies = {name: [r.accuracy for r in others if r.mode == mode] for name, mode in of_mode.items()}
+    shipped = {"accuracy": result, **({"accuracy_pruned": pruned} if pruned else {})}
+    accuracies = {name: [r.accuracy for r in others if _recipe(r) == _recipe(run)] for name, run in shipped.items()}
     dataset = DATASETS[task.dataset]
+    baselines = {"majority_class": majority_share(test), **_means(others, exclude=result.mode)}
+    spreads = {name: spread(values) for name, values in accuracies.items() if len(values) > 1}
     return TrainingRecord(
         command=" && ".join([result.command, *further_commands]),
         seed=result.seed,
         data=f"{dataset.description}; {dataset.source_url}; {task.division}",
         data_licence=dataset.licence,
-        device=cpu_name(),
-        wall_seconds=result.wall_seconds,
-        baselines={"majority_class": majority_share(test), **_means(others, exclude=result.mode)},
-        spread={name: spread(values) for name, values in accuracies.items() if values},
+        device=earlier.device if earlier else cpu_name(),
+        wall_seconds=earlier.wall_seconds if earlier else result.wall_seconds,
+        baselines=baselines | (dict(earlier.baselines) if earlier else {}),
+        spread=spreads | (dict(earlier.spread) if earlier else {}),
     )
+
+
+def _recipe(run: RunResult) -> str:
+    """A run's command without its seed."""
+    return run.command.replace(f"--seed {run.seed}", "")
 
 
 def finished_runs(folder: Path) -> list[RunResult]:
