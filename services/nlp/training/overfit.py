@@ -84,7 +84,9 @@ def learn(title: str, config: OverfitConfig) -> Learnt:
     encoded = encode_pairs(pairs, vocabularies)
     seed_everything(0)
     fit = FitConfig(
-        epochs=config.epochs, learning_rate=learning_rate, weight_decay=0.0, beta2=0.98, fused=True, ema_decay=0.0,
+        epochs=config.epochs, learning_rate=learning_rate,
+        schedule="constant",
+        warmup_share=0.0, weight_decay=0.0, beta2=0.98, fused=True, ema_decay=0.0,
         checkpoint_every=0,
     )  # fmt: skip
     started = time.process_time()
