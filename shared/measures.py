@@ -36,6 +36,7 @@ MEASURES: Mapping[str, Measure] = {
         Measure("exact_match", digits=4, margin=0.002),
         Measure("five_shot_accuracy", digits=4, margin=0.005),
         Measure("bleu", digits=2, margin=0.1),
+        Measure("cosine", digits=4, margin=0.001),
         Measure("nats", digits=3, higher_is_better=False, margin=0.005),
     )
 }

@@ -16,7 +16,7 @@ from usagi.nlp.v1 import nlp_service_pb2 as pb
 from services.nlp.picture import draw_gaps
 from shared.artifacts import write_atomically
 from shared.client.cli import add_connection_options, connect
-from shared.client.nlp import NlpClient
+from shared.client.nlp import NlpClient, cosine
 
 Verbs = argparse._SubParsersAction  # generic only to type checkers
 
@@ -119,11 +119,6 @@ def _next(options: argparse.Namespace) -> int:
         console.print(table)
         _say_who(console, answer)
     return 0
-
-
-def cosine(one: pb.EmbedTextResponse, other: pb.EmbedTextResponse) -> float:
-    """Of the angle between two vectors of length 1."""
-    return float(sum(left * right for left, right in zip(one.embedding, other.embedding, strict=True)))
 
 
 def _say_who(

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from usagi.nlp.v1 import nlp_service_pb2 as pb
 
-from services.nlp.picture import draw_attention
+from services.nlp.picture import draw_attention, draw_gaps
 from shared.artifacts import write_atomically
 from shared.client.connection import Connection
-from shared.client.nlp import GenerateOptions, NlpClient, TranslateOptions
+from shared.client.nlp import GenerateOptions, NlpClient, TranslateOptions, cosine
 
 SENTENCES = (
     "Show your own business.",
@@ -27,6 +28,11 @@ SENTENCES = (
 )
 TRANSLATORS = ("enja-transformer", "enja-gru")
 REPEATS = 10
+GAPS = ("I have [MASK] a book.", "She [MASK] to school by bus every morning.", "My [MASK] is a doctor.")
+KINDS = ("where do you live", "open the window , please", "the train was late")
+ALIKE = ("he likes music .", "she is fond of music .", "the train was late .")
+FIRST = "Before we proceed any further, hear me speak."
+SECONDS = ("You are all resolved rather to die than to famish?", "The moon shines bright upon the silver sea.")
 PROMPTS = {"shakespeare-gpt": "ROMEO:\n", "soseki-gpt": "私は"}
 """What each language model goes on from."""
 QUESTIONS = {"adder-gpt": ("12+34=", "58+67=", "99+1="), "fewshot-gpt": ("a4a", "a4b1c2b", "a4b1c2d3e6f")}
@@ -50,10 +56,12 @@ def run(target: str, out: Path, console: Console) -> None:
         _print_answers(answers, console)
         _print_translators(client, console)
         _print_timings(client, console)
+        gaps = _print_reading(client, console)
         for model in PROMPTS:
             _print_text(client, model, console)
         _print_answered(client, console)
     write_atomically(out / "nlp_attention.svg", draw_attention(answers[1].hypotheses[0]))
+    write_atomically(out / "nlp_gaps.svg", draw_gaps(gaps))
 
 
 def _print_answers(answers: list[pb.TranslateResponse], console: Console) -> None:
@@ -109,6 +117,33 @@ def _print_text(client: NlpClient, model: str, console: Console) -> None:
         f"{answer.tokens} characters by {info.model} version {info.version}, variant {info.variant}: the first after "
         f"{first * 1e3:.0f} ms, then {(answer.tokens - 1) / (seconds - first):.0f} a second"
     )
+
+
+def _print_reading(client: NlpClient, console: Console) -> pb.FillMaskResponse:
+    """What BERT says of texts that it reads as a whole; returns the gaps of the first."""
+    table = Table(title="FillMask and ClassifyText: a gap filled, the kind of a sentence", box=box.SIMPLE_HEAD)
+    for heading in ("text", "answer"):
+        table.add_column(heading, overflow="fold")
+    answers = [client.fill_mask(text) for text in GAPS]
+    for text, answer in zip(GAPS, answers, strict=True):
+        found = ", ".join(f"{one.piece} {one.probability:.2f}" for one in answer.gaps[0].candidates)
+        table.add_row(escape(text), found)
+    for text in KINDS:
+        best = client.classify(text, top_k=1).classes[0]
+        table.add_row(text, f"{best.label} {best.probability:.2f}")
+    info = answers[0].info
+    table.caption = f"answered by {info.model} version {info.version}, variant {info.variant}"
+    console.print(table)
+    vectors = [client.embed(text) for text in ALIKE]
+    pairs = ", ".join(
+        f"with {text!r} {cosine(vectors[0], v):.2f}" for text, v in zip(ALIKE[1:], vectors[1:], strict=True)
+    )
+    follows = [client.next_sentence(FIRST, second).probability for second in SECONDS]
+    pairs += f"\nNextSentence, after {FIRST!r}: " + ", ".join(
+        f"{second!r} {found:.2f}" for second, found in zip(SECONDS, follows, strict=True)
+    )
+    console.print(f"EmbedText, cosine of {ALIKE[0]!r}: {pairs}", markup=False)
+    return answers[0]
 
 
 def _print_answered(client: NlpClient, console: Console) -> None:

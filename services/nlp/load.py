@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from usagi.nlp.v1 import nlp_service_pb2 as pb
 from usagi.nlp.v1 import nlp_service_pb2_grpc as pb_grpc
 
-from services.nlp.demo import SENTENCES
+from services.nlp.demo import GAPS, SENTENCES
 from shared.client.load import GrpcUser, WrongAnswer
 
 SUMS = ((0, 0), (7, 5), (9, 90), (99, 1), (58, 67), (99, 99))
@@ -16,15 +16,15 @@ SEEDS = 8
 
 
 class NlpUser(GrpcUser):
-    """Mostly translations, texts and sums, and now and then what must be refused.
+    """Mostly translations, texts, sums and gaps, and now and then what must be refused.
 
     A translation must not change, nor a text with its seed, whoever shares their steps.
     """
 
     service = "nlp"
     _answers: ClassVar[dict[tuple[str, int, str], str]] = {}
-    """(Sentence, beam, model) -> translation, (prompt, seed, model) -> text, shared by all users; beam 0 and no model
-    are the service's defaults."""
+    """(Sentence, beam, model) -> translation, (prompt, seed, model) -> text, (text with a gap, 0, "fill") -> filled,
+    shared by all users; beam 0 and no model are the service's defaults."""
 
     def on_start(self) -> None:
         """Connects."""
@@ -49,6 +49,32 @@ class NlpUser(GrpcUser):
         """A text without words must be refused, with the reason."""
         request = pb.TranslateRequest(text=" \t ")
         self.measure("Translate empty", self.nlp.Translate, request, refused_as="TEXT_EMPTY")
+
+    def fill_mask(self) -> None:
+        """A gap, whose answer must not change."""
+        text = random.choice(GAPS)  # noqa: S311
+
+        def check(answer: pb.FillMaskResponse) -> None:
+            if (known := self._answers.setdefault((text, 0, "fill"), answer.text)) != answer.text:
+                raise WrongAnswer(f"{text!r} was {known} and is now {answer.text}")
+
+        self.measure("FillMask", self.nlp.FillMask, pb.FillMaskRequest(text=text), check)
+
+    def embed(self) -> None:
+        """A vector, which must have length 1."""
+
+        def check(answer: pb.EmbedTextResponse) -> None:
+            length = sum(value * value for value in answer.embedding)
+            if abs(length - 1) > 1e-3:
+                raise WrongAnswer(f"a vector of length {length**0.5:.4f}")
+
+        request = pb.EmbedTextRequest(text=random.choice(SENTENCES))  # noqa: S311
+        self.measure("EmbedText", self.nlp.EmbedText, request, check)
+
+    def fill_nothing(self) -> None:
+        """A text without a gap must be refused, with the reason."""
+        request = pb.FillMaskRequest(text="no gap here")
+        self.measure("FillMask without a gap", self.nlp.FillMask, request, refused_as="MASK_MISSING")
 
     def continue_text(self) -> None:
         """A text of a few dozen characters; its seed decides it."""
@@ -97,6 +123,9 @@ class NlpUser(GrpcUser):
 
     tasks: ClassVar = {
         translate: 6,
+        fill_mask: 5,
+        embed: 4,
+        fill_nothing: 1,
         translate_greedily: 2,
         translate_by_gru: 1,
         translate_nothing: 1,

@@ -82,7 +82,7 @@ def _cleaned(character: str) -> str:
     category = unicodedata.category(character)
     if character in "\t\n\r" or category == "Zs":
         return " "
-    return "" if category.startswith("C") or character in "\x00\ufffd" else character
+    return "" if category in ("Cc", "Cf", "Co", "Cs") or character == "\ufffd" else character
 
 
 def _is_ideograph(character: str) -> bool:

@@ -127,3 +127,8 @@ class NlpClient:
         """Says how probable it is that one text follows another; raises CallFailed."""
         request = pb.NextSentenceRequest(first=first, second=second, model=model, variant=variant)
         return self._connection.call(self._stub.NextSentence, request, timeout=timeout)
+
+
+def cosine(one: pb.EmbedTextResponse, other: pb.EmbedTextResponse) -> float:
+    """Of the angle between two vectors of length 1."""
+    return float(sum(left * right for left, right in zip(one.embedding, other.embedding, strict=True)))

@@ -166,6 +166,8 @@ def test_every_variant_gives_what_onnx_runtime_gives(channel, service):
     for model in models:
         for variant in model.variants:
             folder = MODELS / service.name / model.name / model.version
+            if not folder.is_dir():
+                continue  # not bundled: somebody published it on this machine
             session = OnnxSession(folder / read_manifest(folder).variants[variant.name].file)
             request = pb.ModelInferRequest(model_name=model.name, model_version=model.version)
             request.parameters["variant"].string_param = variant.name

@@ -43,7 +43,8 @@ class BertGraph(nn.Module):
     def forward(self, tokens: Tensor, segments: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
         hidden, present = self.bert(tokens, segments), tokens != self.bert.config.pad
-        where = positions[:, :, None].expand(-1, -1, hidden.shape[-1])
+        inside = positions.clamp(0, tokens.shape[1] - 1)  # a caller's mistake must not end the run of its neighbours
+        where = inside[:, :, None].expand(-1, -1, hidden.shape[-1])
         gaps = self.bert.fill(torch.gather(hidden, 1, where))
         answers = (
             torch.log_softmax(gaps, dim=-1),

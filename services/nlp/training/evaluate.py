@@ -23,6 +23,8 @@ from services.nlp.tokenizers.vocabularies import Vocabularies
 from services.nlp.tokenizers.wordpiece import WordPieceTokenizer
 from services.nlp.training.data import load_pairs
 from services.nlp.training.export_bert import MASKED_LANGUAGE_MODEL, measure_graph
+from services.nlp.training.export_minilm import TASK as SENTENCE_EMBEDDING
+from services.nlp.training.export_minilm import measure_published
 from services.nlp.training.offline import OnnxTranslator, onnx_held_out_loss, onnx_predictor
 from services.nlp.training.publishing import CARDS
 from services.nlp.training.tasks import TASKS
@@ -126,6 +128,7 @@ _MEASUREMENTS = {
     TRANSLATION: _bleu,
     TRANSLATION + STEP_SUFFIX: _encoders_claim,
     MASKED_LANGUAGE_MODEL: _gaps,
+    SENTENCE_EMBEDDING: measure_published,
     GENERATION: _language,
 }
 

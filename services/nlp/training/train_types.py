@@ -3,7 +3,8 @@
 Sentences are sorted into question, command and statement from 100 and from 1,000 labels, by the pretrained BERT, by the
 same network from random weights, both trained as a whole, and by a head on the pretrained one left as it is; three
 seeds each draw other labels. Each way has the better of two learning rates, by 300 validation sentences; the test has
-750 that no BERT ever saw. Then the head that ships is trained on all labels.
+750 that no BERT ever saw. That is the study (`--study`); without it, only the head that ships is trained, on all
+labels.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 import torch
 import tyro
@@ -34,11 +36,15 @@ from shared.training.checkpoint import save_weights
 from shared.training.memory import keep_freed_memory
 from shared.training.seed import epoch_order, seed_everything
 
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
 LOG = logging.getLogger("usagi.train")
 Way = Literal["pretrained", "random", "frozen"]
 WAYS: tuple[Way, ...] = ("pretrained", "random", "frozen")
 RATES = {"pretrained": (1e-4, 4e-4), "random": (4e-4, 1e-3), "frozen": (1e-3, 4e-3)}
 BATCH = 20
+LABEL_COUNTS = (100, 1000)
 
 
 @dataclass(frozen=True)
@@ -47,16 +53,18 @@ class TrainTypesConfig:
 
     seed: int = 0
     """Of the pretrained run."""
-    labels: tuple[int, ...] = (100, 1000)
+    labels: tuple[int, ...] = LABEL_COUNTS
     """Numbers of labels."""
     seeds: int = 3
     """Draws of labels for each number."""
-    steps: int = 250
+    steps: int = 150
     """Of each training; of the head that ships, ten times as many."""
     threads: int = 1
     """CPU threads."""
     runs: Path = Path("runs")
     """Folder of all runs."""
+    study: bool = False
+    """Compare, instead of training the head that ships; writes `study.json` and `transfer.png`."""
     quick: bool = False
     """Few steps, on a `--quick` run of BERT."""
 
@@ -74,6 +82,8 @@ class TrainTypesConfig:
     def command(self) -> str:
         """The command line that makes this run again, without paths of the machine."""
         words = ["python -m services.nlp.training.train_types", f"--seed {self.seed}"]
+        words += ["--study"] if self.study else []
+        words += [f"--labels {' '.join(map(str, self.labels))}"] if self.study and self.labels != LABEL_COUNTS else []
         return " ".join([*words, "--quick"] if self.quick else words)
 
 
@@ -186,41 +196,71 @@ def study(config: TrainTypesConfig, task: Task) -> dict[str, dict[str, list[floa
 
 
 def train(config: TrainTypesConfig) -> dict[str, Any]:
-    """Studies and trains the head; writes `head.pt` and `result.json`."""
+    """Studies, or trains the head that ships; writes what the configuration says."""
     if config.quick:
         config = dataclasses.replace(config, steps=5, seeds=1)
-    started = time.monotonic()
     torch.set_num_threads(config.threads)
     keep_freed_memory()
     tokenizer = WordPieceTokenizer.from_json((config.source / VOCABULARY).read_text(encoding="utf-8"))
     task = load_task(tokenizer, load_pretrained(config.source).config.context)
-    accuracies = study(config, task)
-    seed_everything(config.seed)
-    model = TypeClassifier(load_pretrained(config.source), frozen=True)
-    fit(model, task.train, 2e-3, 10 * config.steps, config.seed)
-    means = {count: {way: float(np.mean(values)) for way, values in ways.items()} for count, ways in accuracies.items()}
+    config.folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    measures = compare(config, task) if config.study else train_head(config, task)
     result: dict[str, Any] = {
         "command": config.command,
         "seed": config.seed,
-        "accuracies": accuracies,
-        "gain_points": {count: 100 * (ways["pretrained"] - ways["random"]) for count, ways in means.items()},
-        "head_accuracy": accuracy(model, task.test),
-        "head_labels": len(task.train[1]),
+        **measures,
         "majority": float(torch.bincount(task.test[1]).max() / len(task.test[1])),
         "wall_seconds": round(time.monotonic() - started, 1),
     }
-    config.folder.mkdir(parents=True, exist_ok=True)
-    save_weights(config.folder / "head.pt", model.head)
-    write_atomically(config.folder / "result.json", json.dumps(result, indent=2) + "\n")
+    name = "study.json" if config.study else "result.json"
+    write_atomically(config.folder / name, json.dumps(result, indent=2) + "\n")
+    if config.study:
+        draw_transfer(result, config.folder / "transfer.png")
     return result
+
+
+def train_head(config: TrainTypesConfig, task: Task) -> dict[str, Any]:
+    """Trains the head that ships on all labels, BERT staying as it is; writes `head.pt`."""
+    seed_everything(config.seed)
+    model = TypeClassifier(load_pretrained(config.source), frozen=True)
+    fit(model, task.train, 2e-3, 10 * config.steps, config.seed)
+    save_weights(config.folder / "head.pt", model.head)
+    return {"head_accuracy": accuracy(model, task.test), "labels": len(task.train[1])}
+
+
+def compare(config: TrainTypesConfig, task: Task) -> dict[str, Any]:
+    """Test accuracies of each way, and by how many points pretraining is better than random weights, on the mean."""
+    accuracies = study(config, task)
+    gains = {count: 100 * float(np.mean(w["pretrained"]) - np.mean(w["random"])) for count, w in accuracies.items()}
+    return {"accuracies": accuracies, "gain_points": gains}
+
+
+def draw_transfer(result: dict[str, Any], path: Path) -> None:
+    """Draws the accuracies by number of labels: the mean of each way as a line, its seeds as points."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    counts = [int(count) for count in result["accuracies"]]
+    for number, way in enumerate(WAYS):
+        values = [ways[way] for ways in result["accuracies"].values()]
+        axis.plot(counts, [np.mean(one) for one in values], marker="o", color=f"C{number}", label=way)
+        for count, one in zip(counts, values, strict=True):
+            axis.scatter([count] * len(one), one, color=f"C{number}", alpha=0.4, s=14)
+    axis.axhline(result["majority"], color="grey", linestyle="--", label="most frequent class")
+    axis.set(xscale="log", xlabel="labels", ylabel="accuracy", title="Kind of a sentence: what pretraining is worth")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main(config: TrainTypesConfig) -> None:
     """Trains and says what came out."""
     result = train(config)
-    for count, ways in result["accuracies"].items():
-        print(f"{count} labels: " + ", ".join(f"{way} {np.mean(values):.3f} {values}" for way, values in ways.items()))
-    print(f"gain {result['gain_points']} points; head that ships {result['head_accuracy']:.3f}")
+    for count, ways in result.get("accuracies", {}).items():
+        print(f"{count} labels: " + ", ".join(f"{way} {np.mean(values):.3f}" for way, values in ways.items()))
+        print(f"pretraining gains {result['gain_points'][count]:.1f} points")
+    if not config.study:
+        print(f"the head that ships: {result['head_accuracy']:.3f}, guessing {result['majority']:.3f}")
 
 
 if __name__ == "__main__":

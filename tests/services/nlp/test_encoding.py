@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from usagi.nlp.v1 import nlp_service_pb2 as pb
 from usagi.nlp.v1 import nlp_service_pb2_grpc as pb_grpc
 
-from services.nlp.cli_reading import cosine
 from services.nlp.preprocess import split_english
 from services.nlp.serving.__main__ import registration
 from services.nlp.serving.config import NlpConfig
@@ -23,9 +23,10 @@ from services.nlp.training.bert_graphs import BertGraph
 from services.nlp.training.train_types import LABELS, Task, load_pretrained
 from shared.artifacts import read_manifest
 from shared.client.connection import CallFailed, Connection
-from shared.client.nlp import NlpClient
+from shared.client.nlp import NlpClient, cosine
 from shared.testing.server import running_server
 
+SHIPPED = Path(__file__).parents[3] / "deploy" / "models"
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
 
 
@@ -60,7 +61,7 @@ def made(tmp_path_factory):
     logging.disable(logging.WARNING)
     try:
         train_bert.main(config)
-        train_types.main(train_types.TrainTypesConfig(labels=(12,), seeds=1, steps=30, runs=folder))
+        train_types.main(train_types.TrainTypesConfig(steps=30, runs=folder))
         published = export_bert.export(export_bert.ExportBertConfig(runs=folder, root=folder / "models"))
     finally:
         logging.disable(logging.NOTSET)
@@ -231,3 +232,35 @@ def test_configurations_say_how_to_make_a_run_again():
     config = train_bert.TrainBertConfig(corpus="soseki", pieces=4000)
     assert config.command == "python -m services.nlp.training.train_bert --corpus soseki --seed 0 --pieces 4000"
     assert dataclasses.replace(config, quick=True).command.endswith("--quick")
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    config = NlpConfig(model_roots=(SHIPPED,), threads=1)
+    with running_server("nlp", config, registration(config)) as running, Connection(running.address) as connection:
+        yield NlpClient(connection)
+
+
+class TestShipped:
+    def test_passes_the_gates(self):
+        """Chapter 10: at most 4.2 nats and at least 26% of the gaps; int8 within 0.02 nats; 4 MB in all."""
+        folder = SHIPPED / "nlp" / "english-bert" / "1"
+        variants = read_manifest(folder).variants
+        for variant in variants.values():
+            assert variant.metrics["nats"] <= 4.2
+            assert variant.metrics["accuracy"] >= 0.26
+            assert variant.metrics["class_accuracy"] >= 0.85
+        assert variants["int8"].metrics["nats"] <= variants["fp16"].metrics["nats"] + 0.02
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 4e6
+
+    def test_fills_sorts_and_compares(self, shipped):
+        gap = shipped.fill_mask("She [MASK] to school every day.").gaps[0]
+        assert {candidate.piece for candidate in gap.candidates} & {"went", "goes", "came"}
+        for text, label in (("where do you live", "question"), ("open the window , please", "command")):
+            assert shipped.classify(text).classes[0].label == label
+        one, other, unlike = (shipped.embed(t) for t in ("he likes music .", "she likes music .", "where is my key ?"))
+        assert cosine(one, other) > cosine(one, unlike)
+        assert 0 <= shipped.next_sentence("Speak, speak.", "We know't.").probability <= 1
+        with pytest.raises(CallFailed) as caught:
+            shipped.fill_mask("[MASK]", model="shakespeare-gpt")
+        assert caught.value.code == "FAILED_PRECONDITION"

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from services.nlp.preprocess import join_japanese, split_english
+from services.nlp.preprocess import join_japanese, split_bert, split_english
 from services.nlp.training.data import load_pairs
 
 
@@ -136,3 +136,17 @@ def test_words_of_the_corpus_stay_as_they_are():
 )
 def test_japanese_is_joined(words, text):
     assert join_japanese(words.split()) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [  # what BertTokenizer of transformers 5.24 makes of them
+        ("She is fond of songs, isn't she?", ["she", "is", "fond", "of", "songs", ",", "isn", "'", "t", "she", "?"]),
+        ("Crème brûlée costs $4.50^2", ["creme", "brulee", "costs", "$", "4", ".", "50", "^", "2"]),
+        ("吾輩は猫である。", ["吾", "輩", "は", "猫", "てある", "。"]),
+        ("a\x00b\u200bc\td — e", ["abc", "d", "—", "e"]),
+        ("", []),
+    ],
+)
+def test_bert_s_own_words(text, words):
+    assert split_bert(text) == words
