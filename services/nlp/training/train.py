@@ -32,6 +32,7 @@ from services.nlp.training.validation import BleuValidator
 from shared.artifacts import write_atomically
 from shared.errors import ConfigurationError
 from shared.training.checkpoint import save_weights
+from shared.training.command import command_line
 from shared.training.curves import draw_curves
 from shared.training.loop import Fit, FitConfig
 from shared.training.memory import keep_freed_memory
@@ -125,13 +126,7 @@ class TrainConfig:
     @property
     def command(self) -> str:
         """The command line that makes this run again, without paths of the machine."""
-        words = ["python -m services.nlp.training.train"]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("runs", "quick") and value != field.default:
-                flag = field.name.replace("_", "-")
-                words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
-        return " ".join([*words, "--quick"] if self.quick else words)
+        return command_line("services.nlp.training.train", self)
 
 
 def make_vocabularies(pairs: Pairs, merges: int) -> Vocabularies:

@@ -27,6 +27,7 @@ from services.nlp.training.bert_data import CorpusName, load_reading
 from services.nlp.training.models.bert import Bert, BertConfig
 from shared.artifacts import write_atomically
 from shared.training.checkpoint import save_weights
+from shared.training.command import command_line
 from shared.training.curves import draw_curves
 from shared.training.loop import Fit, FitConfig, Score
 from shared.training.memory import keep_freed_memory
@@ -103,12 +104,7 @@ class TrainBertConfig:
     @property
     def command(self) -> str:
         """The command line that makes this run again, without paths of the machine."""
-        words = ["python -m services.nlp.training.train_bert", f"--corpus {self.corpus}", f"--seed {self.seed}"]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("corpus", "seed", "runs", "quick") and value != field.default:
-                words.append(f"--{field.name.replace('_', '-')} {value}")
-        return " ".join([*words, "--quick"] if self.quick else words)
+        return command_line("services.nlp.training.train_bert", self, ("corpus", "seed"))
 
 
 class Pretraining(nn.Module):

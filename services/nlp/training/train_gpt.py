@@ -32,6 +32,7 @@ from services.nlp.training.models.gpt import Gpt, GptConfig
 from services.nlp.training.texts import TEXTS, held_back_text, training_text
 from shared.artifacts import write_atomically
 from shared.training.checkpoint import save_weights
+from shared.training.command import command_line
 from shared.training.curves import draw_curves
 from shared.training.loop import Fit, FitConfig, Score
 from shared.training.memory import keep_freed_memory
@@ -106,12 +107,7 @@ class TrainGptConfig:
     @property
     def command(self) -> str:
         """The command line that makes this run again, without paths of the machine."""
-        words = ["python -m services.nlp.training.train_gpt", f"--text {self.text}", f"--seed {self.seed}"]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("text", "seed", "runs", "quick") and value != field.default:
-                words.append(f"--{field.name.replace('_', '-')} {value}")
-        return " ".join([*words, "--quick"] if self.quick else words)
+        return command_line("services.nlp.training.train_gpt", self, ("text", "seed"))
 
 
 def model_name(text: str, *, pieces: bool) -> str:

@@ -24,6 +24,7 @@ from services.nlp.training.models.gpt import Gpt, GptConfig
 from services.nlp.training.tasks import TASKS, Ints, Predict, Task, TaskBatches
 from shared.artifacts import write_atomically
 from shared.training.checkpoint import save_weights
+from shared.training.command import command_line
 from shared.training.curves import draw_curves
 from shared.training.loop import Fit, FitConfig, Score
 from shared.training.memory import keep_freed_memory
@@ -93,13 +94,7 @@ class TrainTaskConfig:
     @property
     def command(self) -> str:
         """The command line that makes this run again, without paths of the machine."""
-        words = ["python -m services.nlp.training.train_task", f"--task {self.task}", f"--seed {self.seed}"]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("task", "seed", "runs", "quick") and value != field.default:
-                flag = f"--{field.name.replace('_', '-')}"
-                words.append(flag if value is True else f"{flag} {value}")
-        return " ".join([*words, "--quick"] if self.quick else words)
+        return command_line("services.nlp.training.train_task", self, ("task", "seed"))
 
 
 class TaskValidator:
